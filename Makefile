@@ -1,0 +1,29 @@
+# Everything below sets up its own environment in .venv first; PYTHON chooses the interpreter (3.11 to 3.13).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
+	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check kd_kit tests
+	$(BIN)/ruff format --check kd_kit tests
+
+bench: $(READY)  ## the figures in the README: distilled against LM-only, three paired seeds
+	$(BIN)/python -m kd_kit demo --seeds 3 --out build/demo.json
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "kd_kit needs Python 3.11 to 3.13, got " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist kd_kit.egg-info

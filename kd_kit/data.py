@@ -1,0 +1,362 @@
+"""Texts to windows to batches, the same on every machine and after every restart.
+
+A document is tokenised on both sides, proven to be the same bytes on both, and cut where both tokenizers have a
+boundary. Which windows make up a batch is a pure function of (seed, position): a run that stopped needs to remember
+nothing but a number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kd_kit.align import align, byte_ends, cut_windows
+from kd_kit.pair import TokenizerPair
+from kd_kit.types import IGNORE, DistillBatch
+
+_ENCODE_AT_ONCE = 32  # documents per call of a tokenizer: bounds memory, costs nothing
+
+
+@dataclass
+class RowReport:
+    """What became of the rows that were given: counts, and the first few of each refused kind."""
+
+    read: int = 0
+    used: int = 0
+    refused: dict[str, list[int]] = field(default_factory=dict)
+
+    def refuse(self, reason: str, row: int) -> None:
+        self.refused.setdefault(reason, []).append(row)
+
+    def __repr__(self) -> str:
+        lines = [f"{self.used:,} of {self.read:,} documents used"]
+        for reason, rows in self.refused.items():
+            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            lines.append(f"  {len(rows):,} {reason} (row {shown})")
+        return "\n".join(lines)
+
+
+def read_texts(texts: Iterable, *, column: str = "text", maximum: int | None = None) -> tuple[list[str], RowReport]:
+    """Texts out of a list of strings or a ``datasets`` object, with every unusable row counted.
+
+    Raises:
+        ValueError: a single string, a data set without that column, or nothing usable at all.
+    """
+    if isinstance(texts, str):
+        raise ValueError(
+            "build_data: expected a list of texts, got one string, which would be read letter by letter; pass [text]"
+        )
+    if texts is None:
+        raise ValueError("build_data: expected texts, got None; pass a list of strings or a datasets object")
+    columns = getattr(texts, "column_names", None)
+    if isinstance(columns, dict):
+        raise ValueError(
+            f"build_data: expected one split, got a DatasetDict with {', '.join(columns)}; "
+            f"pass texts[{next(iter(columns))!r}]"
+        )
+    if columns is not None and column not in columns:
+        raise ValueError(
+            f"build_data: expected a column {column!r}, got a data set with {', '.join(columns)}; "
+            f"pass column={columns[0]!r} or whichever holds the text"
+        )
+    report, out = RowReport(), []
+    for row, value in enumerate(texts):
+        if maximum is not None and len(out) >= maximum:
+            break
+        report.read += 1
+        if columns is not None:
+            value = value[column]
+        if value is None:
+            report.refuse("missing", row)
+        elif not isinstance(value, str):
+            report.refuse(f"not text but {type(value).__name__}", row)
+        elif not value.strip():
+            report.refuse("empty", row)
+        elif any("\ud800" <= c <= "\udfff" for c in value):
+            report.refuse("with half a surrogate pair, which no encoding can hold", row)
+        else:
+            out.append(value)
+    if not out:
+        raise ValueError(f"build_data: expected at least one text with something in it, got none: {report!r}")
+    return out, report
+
+
+@dataclass(frozen=True)
+class _Document:
+    student_ids: np.ndarray
+    student_ends: np.ndarray
+    teacher_ids: np.ndarray
+    teacher_ends: np.ndarray
+
+
+def _tokens_between(ends: np.ndarray, first: int, last: int) -> slice:
+    """The tokens that cover bytes ``first`` to ``last``; both are token ends (or the document's start)."""
+    begin = np.searchsorted(ends, first, side="right") if first else 0
+    return slice(int(begin), int(np.searchsorted(ends, last, side="right")))
+
+
+class WindowSet(torch.utils.data.Dataset):
+    """Windows of documents in both tokenizations. Indexing gives a window's number; ``collate`` makes the batch."""
+
+    def __init__(self, texts: list[str], pair: TokenizerPair, *, window: int, stride: int | None, report: RowReport):
+        self.pair = pair
+        self.window = window
+        self.report = report
+        self.documents: list[_Document] = []
+        table = []
+        # a document-start token takes one place of every window
+        room = window - max(pair.student_vocab.start_id is not None, pair.teacher_vocab.start_id is not None)
+        skip = None if stride is None else max(1, min(stride, room))
+        for start in range(0, len(texts), _ENCODE_AT_ONCE):
+            batch = [pair.normalise(t) for t in texts[start : start + _ENCODE_AT_ONCE]]
+            for row, both in enumerate(pair.encode(batch), start=start):
+                if both is None:
+                    report.refuse("not given back byte for byte by one of the tokenizers", row)
+                    continue
+                s_ids, s_len, t_ids, t_len = both
+                document = _Document(s_ids.astype(np.int32), byte_ends(s_len), t_ids.astype(np.int32), byte_ends(t_len))
+                cuts = cut_windows(document.student_ends, document.teacher_ends, length=room, stride=skip)
+                if len(cuts) == 0:
+                    report.refuse("without two common boundaries within a window", row)
+                    continue
+                table.append(np.column_stack([np.full(len(cuts), len(self.documents)), cuts]))
+                self.documents.append(document)
+        report.used = len(self.documents)
+        if not table:
+            raise ValueError(f"build_data: expected text that both tokenizers can read, got none: {report!r}")
+        self.table = np.concatenate(table)  # [W, 4]: document, first byte, first scored byte, end byte
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> int:
+        return int(index)
+
+    @property
+    def scored_bytes(self) -> int:
+        return int((self.table[:, 3] - self.table[:, 2]).sum())
+
+    def text(self, index: int) -> str:
+        """The text of a window."""
+        document, first, _, last = self.table[index]
+        doc = self.documents[document]
+        ids = doc.student_ids[_tokens_between(doc.student_ends, first, last)]
+        return self.pair.student_vocab.bytes_of(ids).decode(errors="replace")
+
+    def _side(self, index: int, ids: np.ndarray, ends: np.ndarray, start_id: int | None):
+        """Ids and byte ends of one side of a window, the document-start token included."""
+        _, first, _, last = self.table[index]
+        part = _tokens_between(ends, first, last)
+        ids, ends = ids[part].astype(np.int64), ends[part] - first
+        if start_id is not None:
+            ids, ends = np.concatenate([[start_id], ids]), np.concatenate([[0], ends])
+        return ids, ends
+
+    def collate(self, indices: Sequence[int]) -> DistillBatch:
+        """The batch of these windows, padded on the right to the longest."""
+        items = []
+        for index in indices:
+            doc = self.documents[self.table[index, 0]]
+            s_ids, s_ends = self._side(index, doc.student_ids, doc.student_ends, self.pair.student_vocab.start_id)
+            t_ids, t_ends = self._side(index, doc.teacher_ids, doc.teacher_ends, self.pair.teacher_vocab.start_id)
+            matched = align(s_ends, t_ends)
+            # both sides are charged for the same bytes: from the first byte that both can predict, and not for
+            # bytes that are there as context only
+            boundary = s_ends[matched.student_boundaries[0]] if len(matched.student_boundaries) else np.inf
+            scored = max(boundary, self.table[index, 2] - self.table[index, 1])
+            items.append((s_ids, s_ends, t_ids, t_ends, matched, scored))
+        b = len(items)
+        t = max(len(i[0]) for i in items)
+        s = max(len(i[2]) for i in items)
+        c = max(max(i[4].spans for i in items), 1)
+        student_ids = np.full((b, t), self.pair.student_vocab.pad_id)
+        teacher_ids = np.full((b, s), self.pair.teacher_vocab.pad_id)
+        targets, teacher_targets = np.full((b, t), IGNORE), np.full((b, s), IGNORE)
+        target_bytes, teacher_index = np.zeros((b, t), np.int64), np.zeros((b, t), np.int64)
+        aligned = np.zeros((b, t), bool)
+        span_student, span_teacher = np.zeros((b, c + 1), np.int64), np.zeros((b, c + 1), np.int64)
+        span_mask = np.zeros((b, c), bool)
+        for n, (s_ids, s_ends, t_ids, t_ends, matched, scored) in enumerate(items):
+            i, j = len(s_ids), len(t_ids)
+            student_ids[n, :i], teacher_ids[n, :j] = s_ids, t_ids
+            predicts = s_ends[:-1] >= scored
+            targets[n, : i - 1] = np.where(predicts, s_ids[1:], IGNORE)
+            target_bytes[n, : i - 1] = np.where(predicts, np.diff(s_ends), 0)
+            teacher_targets[n, : j - 1] = np.where(t_ends[:-1] >= scored, t_ids[1:], IGNORE)
+            teacher_index[n, :i] = np.maximum(matched.teacher_index, 0)
+            aligned[n, : i - 1] = matched.aligned[:-1] & predicts
+            if matched.spans:
+                k = matched.spans
+                span_student[n], span_teacher[n] = matched.student_boundaries[-1], matched.teacher_boundaries[-1]
+                span_student[n, : k + 1] = matched.student_boundaries
+                span_teacher[n, : k + 1] = matched.teacher_boundaries
+                span_mask[n, :k] = s_ends[matched.student_boundaries[:-1]] >= scored
+        arrays = (
+            student_ids,
+            targets,
+            target_bytes,
+            teacher_ids,
+            teacher_targets,
+            teacher_index,
+            aligned,
+            np.flatnonzero(targets.ravel() != IGNORE),
+            np.flatnonzero(aligned.ravel()),
+            span_student,
+            span_teacher,
+            span_mask,
+            np.array(list(indices), dtype=np.int64),
+        )
+        return DistillBatch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+
+    def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[DistillBatch]:
+        """Batches for evaluation: all windows, or ``limit`` of them spread evenly over the set.
+
+        Sorted by length, so that little is padded.
+        """
+        chosen = np.arange(len(self))
+        if limit is not None and limit < len(self):
+            chosen = np.unique(np.linspace(0, len(self) - 1, limit).round().astype(int))
+        size = self.table[chosen, 3] - self.table[chosen, 1]
+        chosen = chosen[np.argsort(size, kind="stable")]
+        for start in range(0, len(chosen), batch_size):
+            yield self.collate(chosen[start : start + batch_size])
+
+
+class _Lists:
+    """The window numbers of every wanted batch, worked out one at a time."""
+
+    def __init__(self, data: DistillData, seed: int, positions: Iterable[int]):
+        self.data, self.seed, self.positions = data, seed, positions
+
+    def __iter__(self):
+        return (self.data.indices(self.seed, p).tolist() for p in self.positions)
+
+
+class DistillData:
+    """Training and held-out windows of a pair of tokenizers. Made by :func:`build_data`.
+
+    Attributes:
+        pair: the tokenizers. window: tokens of a window on either side, at most. batch_size: windows per batch.
+        train, held_out: :class:`WindowSet`.
+    """
+
+    def __init__(self, train: WindowSet, held_out: WindowSet, *, batch_size: int):
+        self.pair = train.pair
+        self.window = train.window
+        self.batch_size = batch_size
+        self.train = train
+        self.held_out = held_out
+        self._order: tuple = (None, None)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole batches in one pass; a set smaller than a batch is one batch."""
+        return max(len(self.train) // self.batch_size, 1)
+
+    def indices(self, seed: int, position: int) -> np.ndarray:
+        """The windows of batch number ``position``: a pure function of (seed, epoch, place within the epoch)."""
+        epoch, place = divmod(position, self.batches_per_epoch)
+        if self._order[0] != (seed, epoch):  # remembered for speed only
+            order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(self.train))
+            self._order = ((seed, epoch), order)
+        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+
+    def batches(self, seed: int, positions: Iterable[int], *, workers: int = 0) -> Iterator[DistillBatch]:
+        """The batches at these positions, in order, through a DataLoader.
+
+        The loader has a random generator of its own, so fetching data leaves the global one alone.
+        """
+        loader = torch.utils.data.DataLoader(
+            self.train,
+            batch_sampler=_Lists(self, seed, positions),
+            collate_fn=self.train.collate,
+            num_workers=workers,
+            generator=torch.Generator(),
+        )
+        yield from loader
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which batch is which: tokens, windows, sizes."""
+        digest = hashlib.sha256(f"{self.window} {self.batch_size} {self.pair.fingerprint}".encode())
+        digest.update(np.ascontiguousarray(self.train.table).tobytes())
+        for document in self.train.documents:
+            digest.update(document.student_ids.tobytes() + document.teacher_ids.tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        lines = []
+        for name, windows in (("train", self.train), ("held out", self.held_out)):
+            tokens = sum(len(d.student_ids) for d in windows.documents)
+            other = sum(len(d.teacher_ids) for d in windows.documents)
+            size = sum(int(d.student_ends[-1]) for d in windows.documents)
+            lines.append(
+                f"{name:8}  {len(windows.documents):,} documents, {size / 1e6:.2f} MB, {len(windows):,} windows, "
+                f"{tokens:,} student tokens ({size / tokens:.2f} bytes each), {other:,} teacher tokens "
+                f"({size / other:.2f})"
+            )
+            if windows.report.refused:
+                lines.append("          " + repr(windows.report).replace("\n", "\n          "))
+        lines.append(
+            f"batches   {self.batch_size} windows of at most {self.window} tokens on either side, "
+            f"{self.batches_per_epoch:,} per epoch"
+        )
+        return "\n".join(lines)
+
+
+def build_data(
+    texts,
+    tokenizers: TokenizerPair,
+    *,
+    held_out=0.05,
+    column: str = "text",
+    window: int = 512,
+    batch_size: int = 8,
+    stride: int | None = None,
+    maximum: int | None = None,
+    seed: int = 0,
+) -> DistillData:
+    """Texts to windows that both tokenizers can be compared on, with some documents held out.
+
+    Args:
+        texts: a list of strings or one split of a ``datasets`` object; one entry is one document.
+        held_out: texts to evaluate on, or the share of documents to set apart for it.
+        column: where a ``datasets`` object keeps its text.
+        window: tokens of a window, at most, on either side, the document-start token included.
+        batch_size: windows per batch (of one device; see ``accumulation`` of the trainer for more).
+        stride: tokens that each held-out window scores; the rest of it is context. Half a window if left out.
+        maximum: read no more than this many documents.
+        seed: of the choice of held-out documents.
+
+    Raises:
+        ValueError: nothing readable, a missing column, a window too small, or too few documents to hold any out.
+    """
+    if window < 8:
+        raise ValueError(f"build_data: expected a window of at least 8 tokens, got {window}")
+    if batch_size < 1:
+        raise ValueError(f"build_data: expected a batch_size of at least 1, got {batch_size}")
+    documents, report = read_texts(texts, column=column, maximum=maximum)
+    if isinstance(held_out, (int, float)):
+        if not 0 < held_out < 1:
+            raise ValueError(
+                f"build_data: expected held_out between 0 and 1, or texts, got {held_out}; what is learned is measured "
+                "on text that was not trained on"
+            )
+        if len(documents) < 2:
+            raise ValueError(
+                "build_data: expected at least two documents to hold some out, got one; "
+                "split it, or pass held_out=[other texts]"
+            )
+        count = min(max(1, round(held_out * len(documents))), len(documents) - 1)
+        apart = set(np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))[:count].tolist())
+        held_texts, held_report = [documents[i] for i in sorted(apart)], RowReport(read=count)
+        documents = [d for i, d in enumerate(documents) if i not in apart]
+    else:
+        held_texts, held_report = read_texts(held_out, column=column)
+    train = WindowSet(documents, tokenizers, window=window, stride=None, report=report)
+    held = WindowSet(held_texts, tokenizers, window=window, stride=stride or window // 2, report=held_report)
+    return DistillData(train, held, batch_size=batch_size)

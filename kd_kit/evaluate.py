@@ -1,0 +1,284 @@
+"""How good a model is, measured on text that nothing was trained on.
+
+Bits per byte, because models with different tokenizers can be compared in it and in nothing else; perplexity from the
+language-model likelihood alone; agreement with the teacher where both tokenizers stand at one byte. Every figure is a
+sum over all held-out bytes, nothing is capped, and all of it runs with or without autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from kd_kit.data import WindowSet
+from kd_kit.head import LogitRows, body_of, head_losses, head_of
+from kd_kit.losses import cross_entropy, forward_kl
+from kd_kit.teacher import LiveTeacher
+from kd_kit.types import IGNORE
+
+
+@dataclass(frozen=True)
+class Score:
+    """Likelihood of held-out text under a model.
+
+    Attributes:
+        nats: negative log-likelihood, summed. bytes, tokens: what it was summed over.
+    """
+
+    nats: float
+    bytes: int
+    tokens: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Per token of the model's own tokenizer: not comparable across tokenizers."""
+        return math.exp(self.nats / self.tokens)
+
+    def __repr__(self) -> str:
+        return f"Score({self.bits_per_byte:.4f} bits per byte over {self.bytes:,} bytes, {self.tokens:,} tokens)"
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """Evaluation mode without gradients; the mode it was in comes back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _nll_rows(rows: LogitRows) -> torch.Tensor:
+    return cross_entropy(rows.logits, rows.targets, rows.log_z)
+
+
+def score(model, windows: WindowSet, *, side: str = "student", batch_size: int = 8, limit: int | None = None) -> Score:
+    """Likelihood of a set of windows under a student or a teacher, over the same bytes for both.
+
+    Args:
+        side: "student" or "teacher": whose tokens the model reads.
+        limit: only so many windows, spread evenly; all of them if left out.
+
+    Raises:
+        ValueError: another side.
+    """
+    if side not in ("student", "teacher"):
+        raise ValueError(f"score: expected side='student' or 'teacher', got {side!r}")
+    device = next(model.parameters()).device
+    nats = torch.zeros((), dtype=torch.float64)
+    size = tokens = 0
+    with evaluating(model):
+        for batch in windows.in_order(batch_size, limit):
+            size += int(batch.target_bytes.sum())
+            targets = (batch.targets if side == "student" else batch.teacher_targets).flatten()
+            ids = batch.student_ids if side == "student" else batch.teacher_ids
+            rows = (targets != IGNORE).nonzero().squeeze(-1)
+            hidden = body_of(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state
+            values = head_losses(
+                hidden.flatten(0, 1)[rows.to(device)],
+                head_of(model),
+                {"nll": _nll_rows},
+                targets=targets[rows].to(device),
+            )["nll"]
+            nats += values.double().sum().cpu()
+            tokens += len(rows)
+    return Score(float(nats), size, tokens)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a student says what the teacher says, at aligned positions, in the student's vocabulary.
+
+    Attributes:
+        top1: share of positions with the same first choice. top5: mean overlap of the five first choices.
+        kl: KL(teacher || student) over the kept cells and the tail, nats per position. positions: how many.
+    """
+
+    top1: float
+    top5: float
+    kl: float
+    positions: int
+
+
+def agreement(
+    student, teacher: LiveTeacher, windows: WindowSet, *, batch_size: int = 8, limit: int | None = None
+) -> Agreement:
+    """Compare a student's next-token distributions with the teacher's through the same bridge as in training."""
+    device = next(student.parameters()).device
+    names = ("top1", "top5", "kl")
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    positions = 0
+
+    def top1(rows: LogitRows) -> torch.Tensor:
+        return (rows.logits.argmax(-1) == rows.targets).float()
+
+    def top5(rows: LogitRows) -> torch.Tensor:
+        theirs = rows.ids[:, :5]
+        ours = rows.logits.topk(theirs.shape[1], dim=-1).indices
+        return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)
+
+    def kl(rows: LogitRows) -> torch.Tensor:
+        return forward_kl(rows.student, rows.teacher)
+
+    with evaluating(student):
+        for batch in windows.in_order(batch_size, limit):
+            if len(batch.aligned_rows) == 0:
+                continue
+            batch = batch.to(device)
+            signal = teacher.signal(batch)
+            hidden = body_of(student)(input_ids=batch.student_ids, use_cache=False).last_hidden_state
+            values = head_losses(
+                hidden.flatten(0, 1)[batch.aligned_rows],
+                head_of(student),
+                {"top1": top1, "top5": top5, "kl": kl},
+                targets=signal.ids[:, 0],
+                cell_ids=signal.ids,
+                teacher_cells=torch.cat([signal.log_probs, signal.tail.unsqueeze(-1)], dim=-1),
+                has_teacher=torch.ones(len(signal.tail), dtype=torch.bool, device=device),
+            )
+            sums += torch.stack([values[n].double().sum() for n in names]).cpu()
+            positions += len(batch.aligned_rows)
+    mean = sums / max(positions, 1)
+    return Agreement(float(mean[0]), float(mean[1]), float(mean[2]), positions)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a run as one table. Rows: the student before, the LM-only control, distilled, the teacher.
+
+    Attributes:
+        rows: {name: {"bits_per_byte", "perplexity", "top1", "top5", "kl", "parameters"}}; None where it has no meaning.
+        bytes: held-out bytes that every likelihood runs over. step: optimizer steps of the distilled student.
+    """
+
+    rows: dict[str, dict[str, float | None]]
+    bytes: int
+    step: int
+
+    @property
+    def gain(self) -> float | None:
+        """Bits per byte that distillation saves against the LM-only control at equal tokens; None without control."""
+        if "LM-only control" not in self.rows:
+            return None
+        return self.rows["LM-only control"]["bits_per_byte"] - self.rows["distilled"]["bits_per_byte"]
+
+    @property
+    def retention(self) -> float:
+        """Share of the gap between the student before and the teacher that is closed, in bits per byte."""
+        before, now, best = (self.rows[n]["bits_per_byte"] for n in ("before", "distilled", "teacher"))
+        return (before - now) / (before - best) if before != best else float("nan")
+
+    def sentences(self) -> list[str]:
+        """What the table says, in words."""
+        out = [
+            f"After {self.step:,} steps the student closed {self.retention:.0%} of the gap to its teacher "
+            f"in bits per byte on {self.bytes:,} held-out bytes."
+        ]
+        if self.gain is not None:
+            word = "below" if self.gain > 0 else "above"
+            out.append(
+                f"It lies {abs(self.gain):.3f} bits per byte {word} the same student trained without a teacher "
+                "on the same tokens."
+            )
+        before, best = self.rows["before"]["bits_per_byte"], self.rows["teacher"]["bits_per_byte"]
+        if best >= before:
+            out.append("The teacher is no better than the student was on this text: it has nothing to teach here.")
+        return out
+
+    _COLUMNS = (
+        ("bits_per_byte", "bits per byte", "{:.4f}"),
+        ("perplexity", "perplexity per own token", "{:.2f}"),
+        ("top1", "same first choice", "{:.1%}"),
+        ("top5", "top-5 overlap", "{:.1%}"),
+        ("kl", "KL from teacher (nats)", "{:.3f}"),
+        ("parameters", "parameters", "{:,.0f}"),
+    )
+
+    def _cells(self) -> list[list[str]]:
+        head = ["", *(title for _, title, _ in self._COLUMNS)]
+        body = [
+            [name, *("-" if row[key] is None else spec.format(row[key]) for key, _, spec in self._COLUMNS)]
+            for name, row in self.rows.items()
+        ]
+        return [head, *body]
+
+    def __repr__(self) -> str:
+        cells = self._cells()
+        width = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        lines = [
+            "  ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True))])
+            for row in cells
+        ]
+        return "\n".join([*lines, "", *self.sentences()])
+
+    def _repr_html_(self) -> str:
+        head, *body = self._cells()
+        top = "".join(f"<th style='text-align:right'>{c}</th>" for c in head)
+        rows = "".join(
+            "<tr>"
+            + f"<th style='text-align:left'>{row[0]}</th>"
+            + "".join(f"<td style='text-align:right'>{c}</td>" for c in row[1:])
+            + "</tr>"
+            for row in body
+        )
+        said = "".join(f"<p>{s}</p>" for s in self.sentences())
+        return f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>{said}"
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "gain": self.gain, "retention": self.retention}, indent=1)
+
+
+def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Report:
+    """Measure the student of a run on all held-out text, beside its teacher, its start and a control.
+
+    Writes ``report.json`` into the run folder.
+
+    Args:
+        control: also the student that the same start, tokens and schedule give without a teacher; it is trained now
+            if ``trainer.train_control()`` was not called before.
+        limit: only so many held-out windows; all of them if left out.
+
+    Raises:
+        ValueError: the trainer has no teacher.
+    """
+    if trainer.teacher is None:
+        raise ValueError("evaluate: expected a trainer with a teacher, got one without; use score(model, windows)")
+    windows, device = trainer.data.held_out, trainer.session.device
+    students = {"before": trainer.initial_student()}
+    if control:
+        students["LM-only control"] = trainer.train_control()
+    students["distilled"] = trainer.student
+    rows = {}
+    with trainer.session.accelerator.autocast():
+        for name, model in students.items():
+            model.to(device)
+            likelihood = score(model, windows, limit=limit)
+            agree = agreement(model, trainer.teacher, windows, limit=limit)
+            rows[name] = _row(likelihood, model, agree)
+        best = score(trainer.teacher.model, windows, side="teacher", limit=limit)
+        rows["teacher"] = _row(best, trainer.teacher.model, None)
+    report = Report(rows, best.bytes, trainer.step)
+    (trainer.session.folder / "report.json").write_text(report.to_json())
+    return report
+
+
+def _row(likelihood: Score, model, agree: Agreement | None) -> dict[str, float | None]:
+    return {
+        "bits_per_byte": likelihood.bits_per_byte,
+        "perplexity": likelihood.perplexity,
+        "top1": agree.top1 if agree else None,
+        "top5": agree.top5 if agree else None,
+        "kl": agree.kl if agree else None,
+        "parameters": float(sum(p.numel() for p in model.parameters())),
+    }

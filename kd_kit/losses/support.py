@@ -1,0 +1,89 @@
+"""The support of a distillation loss: K kept cells of the teacher's distribution and one tail cell.
+
+The tail is part of the distribution. Leaving it out and renormalising teaches the student that nothing outside the
+top K ever happens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Lower than any logit, yet finite: where all mass sits in the kept cells the tail's log-sum-exp stays a number.
+_OUT = -1e30
+
+
+def top_k_cells(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The K largest cells of a bridged teacher distribution and the log of everything else.
+
+    Shapes:
+        probs: [n, V' + 1] float32, as :meth:`kd_kit.vocab.Bridge.project` returns them, last column the tail
+        returns: ids [n, K] int64, log_probs [n, K] float32 (-inf where a cell got no mass), tail [n] float32
+
+    Raises:
+        ValueError: ``k`` below 1 or above V'.
+
+    Source: top-K distillation with a tail cell ("ghost token"), https://arxiv.org/abs/2503.16870, section 3
+    """
+    size = probs.shape[-1] - 1
+    if not 1 <= k <= size:
+        raise ValueError(f"top_k_cells: expected 1 <= k <= {size} (the student's vocabulary), got {k}")
+    kept, ids = probs[:, :-1].topk(k, dim=-1)
+    # log(0) = -inf marks an unused cell; 1 - sum would lose a small tail to rounding, the sum of the rest would cost
+    # another pass: the clamp keeps a tail that is rounded to nothing at the size of that rounding.
+    tail = (1 - kept.sum(-1)).clamp(min=1e-7).log()
+    return ids, kept.log(), tail
+
+
+def student_cells(logits: Tensor, ids: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The student's log-probabilities on the teacher's cells and its tail, and its log-sum-exp: one softmax pass.
+
+    The tail is summed from the logits outside the cells, not as 1 minus the cells, so it is right when it is tiny.
+
+    Shapes:
+        logits: [n, V] float32
+        ids: [n, K] int64, no id twice in a row among the used ones
+        used: [n, K] bool, cells that take part; None for all
+        returns: log-probabilities [n, K + 1] (tail last, -inf at unused cells), log_z [n]
+
+    Raises:
+        ValueError: ids and logits do not have the same number of rows.
+    """
+    if ids.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"student_cells: expected one row of cell ids per row of logits {tuple(logits.shape)}, got ids "
+            f"{tuple(ids.shape)}; take both from the same rows of the batch"
+        )
+    cells = logits.gather(-1, ids)
+    if used is None:
+        outside = logits.scatter(-1, ids, _OUT)
+    else:
+        # an unused cell's logit stays outside, with the tail
+        cells = cells.masked_fill(~used, _OUT)
+        outside = logits.scatter(-1, ids, torch.where(used, _OUT, logits.gather(-1, ids)))
+    tail = outside.logsumexp(-1, keepdim=True)
+    every = torch.cat([cells, tail], dim=-1)
+    log_z = every.logsumexp(-1)
+    log_probs = every - log_z.unsqueeze(-1)
+    if used is not None:
+        log_probs = torch.cat([log_probs[..., :-1].masked_fill(~used, -math.inf), log_probs[..., -1:]], dim=-1)
+    return log_probs, log_z
+
+
+def tempered(log_probs: Tensor, temperature: float) -> Tensor:
+    """The distribution over the cells at another temperature: p ** (1 / T), normalised over the cells.
+
+    The tail counts as one cell, so both sides are flattened alike and stay equal where they were equal.
+
+    Shapes:
+        log_probs: [..., cells], normalised, -inf at unused cells
+        returns: the same shape
+
+    Raises:
+        ValueError: ``temperature`` is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"tempered: expected a temperature above 0, got {temperature}")
+    return torch.log_softmax(log_probs / temperature, dim=-1)

@@ -1,0 +1,214 @@
+"""Tokenizers, teachers and students by name, folder, GGUF file, or the embedded pair.
+
+What comes back are the plain objects of transformers that a user already knows. transformers is imported inside the
+builders: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from kd_kit import offline
+from kd_kit.head import body_of, head_of
+from kd_kit.pair import TokenizerPair, pair_tokenizers
+from kd_kit.vocab import Vocabulary
+
+
+def _locate(name: str | os.PathLike, where: str) -> tuple[str, dict]:
+    """The path or hub name that transformers wants, and extra arguments (for a GGUF file).
+
+    Raises:
+        ValueError: a path that is no model folder and no GGUF file.
+    """
+    text = os.fspath(name)
+    if text in (offline.TEACHER, offline.STUDENT):
+        return str(offline.asset_folder(text)), {}
+    path = Path(text).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{where}: expected a GGUF file, got {text!r}, which does not exist; check the path")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "tokenizer_config.json").is_file():
+            inside = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+            raise ValueError(
+                f"{where}: expected a model folder with config.json, got {text!r}, which holds {inside}; "
+                "pass the folder that save_pretrained wrote"
+            )
+        return str(path), {}
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise ValueError(f"{where}: expected a model folder, got {text!r}, which does not exist; check the path")
+    return text, {}
+
+
+def _from_pretrained(loader, name: str | os.PathLike, where: str, **arguments):
+    located, extra = _locate(name, where)
+    try:
+        with _no_progress_bars():
+            return loader.from_pretrained(located, **extra, **arguments)
+    except (OSError, ValueError) as error:
+        hint = (
+            "check the folder"
+            if Path(located).is_dir()
+            else "check the spelling, that the internet is on and, for a gated model, that you are logged in"
+        )
+        raise ValueError(
+            f"{where}: expected a model that transformers can load, got {os.fspath(name)!r} "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); {hint}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars():
+    """A tiny model's loading bar is noise in a notebook's saved output; the user's own setting comes back."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def build_tokenizers(teacher=offline.TEACHER, student=offline.STUDENT) -> TokenizerPair:
+    """Load both tokenizers, read them as bytes and build the bridge between their vocabularies.
+
+    Args:
+        teacher, student: a hub name, a folder, a GGUF file, or a tokenizer object of transformers. The embedded pair
+            when left out.
+
+    Raises:
+        ValueError: nothing loadable there, or a tokenizer that cannot be read as bytes.
+    """
+    from transformers import AutoTokenizer
+
+    def load(source, who):
+        if hasattr(source, "convert_ids_to_tokens"):
+            return source, getattr(source, "name_or_path", "") or who
+        return _from_pretrained(AutoTokenizer, source, f"build_tokenizers({who}=)"), os.fspath(source)
+
+    teacher_tokenizer, teacher_name = load(teacher, "teacher")
+    student_tokenizer, student_name = load(student, "student")
+    return pair_tokenizers(teacher_tokenizer, student_tokenizer, teacher_name=teacher_name, student_name=student_name)
+
+
+def _gguf_arguments() -> dict:
+    """Unpack GGUF weights to plain ones: packed weights neither train nor save."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # before 5.2x plain weights are what one gets
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def build_teacher(
+    name: str | os.PathLike = offline.TEACHER,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+):
+    """A frozen causal language model in evaluation mode, dense or mixture of experts.
+
+    Args:
+        name: a hub name, a folder, a GGUF file, or the embedded teacher.
+        device: where it lives; the first GPU if there is one.
+        dtype: float16 on a GPU (a frozen teacher needs no more), float32 on the CPU.
+
+    Raises:
+        ValueError: nothing loadable there.
+    """
+    import transformers
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    extra = _gguf_arguments() if os.fspath(name).endswith(".gguf") else {}
+    old_card = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if old_card and int(transformers.__version__.split(".")[0]) >= 5:
+        # the default experts kernel ("grouped_mm") needs compute capability 8.0
+        extra["experts_implementation"] = "eager"
+    model = _from_pretrained(transformers.AutoModelForCausalLM, name, "build_teacher", dtype=dtype, **extra)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def build_student(
+    name: str | os.PathLike = offline.STUDENT,
+    *,
+    from_scratch: bool | None = None,
+    seed: int = 0,
+):
+    """A trainable causal language model with float32 weights.
+
+    Args:
+        name: a hub name, a folder, a GGUF file, or the embedded student.
+        from_scratch: take only the configuration and draw new weights. None: the embedded student always, anything
+            else never.
+        seed: of the new weights; the caller's random state is left as it was.
+
+    Raises:
+        ValueError: nothing loadable there.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if from_scratch is None:
+        from_scratch = os.fspath(name) == offline.STUDENT
+    if from_scratch:
+        config = _from_pretrained(AutoConfig, name, "build_student")
+        config.dtype = torch.float32
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)
+    else:
+        extra = _gguf_arguments() if os.fspath(name).endswith(".gguf") else {}
+        model = _from_pretrained(AutoModelForCausalLM, name, "build_student", dtype=torch.float32, **extra)
+    return model.train()
+
+
+def check_model(model, vocab: Vocabulary, window: int, who: str) -> None:
+    """Raise before any long work if a model cannot serve this tokenizer, this window or this kit's head pass.
+
+    Raises:
+        ValueError: fewer embedding rows than tokens, a window longer than the model's context, or a head whose
+            logits are not what :class:`kd_kit.head.Head` computes.
+    """
+    head = head_of(model)
+    rows, entries = head.weight.shape[0], vocab.size
+    if rows < entries:
+        raise ValueError(
+            f"build_trainer: expected a {who} with at least {entries} rows for its tokenizer's {entries} entries, "
+            f"got {rows}; the tokenizer belongs to another model"
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and window > context:
+        raise ValueError(
+            f"build_trainer: expected a window within the {who}'s context of {context} tokens, got {window}; "
+            f"call build_data(window={context}) or less"
+        )
+    ids = torch.arange(min(8, entries), device=head.weight.device).unsqueeze(0)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head.logits(body_of(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    model.train(training)
+    gap = (theirs - ours).abs().max() / theirs.abs().max().clamp(min=1e-6)
+    if not gap < 0.01:
+        raise ValueError(
+            f"build_trainer: expected {who} logits that are a linear head over its final hidden states, got logits "
+            f"that differ by {float(gap):.0%} from that; {type(model).__name__} does something to its logits that "
+            "kd_kit.head does not know (it knows bias, scale and soft-capping)"
+        )
+
+
+def export(student, folder: str | os.PathLike, tokenizers: TokenizerPair | None = None) -> Path:
+    """Write the student as a plain transformers folder: weights, configuration and, if given, its tokenizer."""
+    folder = Path(folder)
+    student.save_pretrained(folder)
+    if tokenizers is not None:
+        tokenizers.student.save_pretrained(folder)
+    return folder

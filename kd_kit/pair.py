@@ -1,0 +1,74 @@
+"""Two tokenizers side by side: what the data, the teacher and the student agree about."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kd_kit.vocab import Bridge, Vocabulary, build_bridge, read_vocabulary
+
+
+@dataclass(frozen=True, repr=False)
+class TokenizerPair:
+    """The teacher's and the student's tokenizer, read as bytes, and the bridge between them.
+
+    Made by :func:`kd_kit.build_tokenizers`. ``teacher`` and ``student`` are the tokenizers of transformers as the
+    user knows them; the rest is what matching them takes.
+    """
+
+    teacher: object
+    student: object
+    teacher_vocab: Vocabulary
+    student_vocab: Vocabulary
+    bridge: Bridge
+    fingerprint: str = field(default="")
+
+    def normalise(self, text: str) -> str:
+        """The text as both tokenizers read it, so that both stand on the same bytes."""
+        return self.student_vocab.normalise(self.teacher_vocab.normalise(text))
+
+    def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None]:
+        """Tokenise texts on both sides.
+
+        A string such as ``<|endoftext|>`` inside a text is text, not a command.
+
+        Returns:
+            for every text student ids, student byte lengths, teacher ids, teacher byte lengths, each [n] int64; None
+            for a text that one of the tokenizers does not give back byte for byte.
+        """
+        sides = []
+        for tokenizer, vocab in ((self.student, self.student_vocab), (self.teacher, self.teacher_vocab)):
+            ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            arrays = [np.array(row, dtype=np.int64) for row in ids]
+            sides.append([(a, vocab.token_lengths(a, text.encode())) for a, text in zip(arrays, texts, strict=True)])
+        return [
+            None if s_len is None or t_len is None else (s, s_len, t, t_len)
+            for (s, s_len), (t, t_len) in zip(*sides, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        shared = self.bridge.shared / max(min(self.teacher_vocab.size, self.student_vocab.size), 1)
+        return (
+            f"teacher  {self.teacher_vocab}\nstudent  {self.student_vocab}\n"
+            f"bridge   {self.bridge}\n"
+            f"         {shared:.0%} of the smaller vocabulary exists, byte for byte, in the other"
+        )
+
+
+def pair_tokenizers(teacher, student, *, teacher_name: str, student_name: str) -> TokenizerPair:
+    """Read two tokenizers of transformers as bytes and build the bridge between them.
+
+    Raises:
+        ValueError: one of them cannot be read as bytes.
+    """
+    teacher_vocab = read_vocabulary(teacher, teacher_name)
+    student_vocab = read_vocabulary(student, student_name)
+    print_of = hashlib.sha256()
+    for vocab in (teacher_vocab, student_vocab):
+        for token in vocab.tokens:
+            print_of.update(len(token).to_bytes(4, "little") + token)
+        print_of.update(repr((sorted(vocab.special), vocab.start_id, vocab.end_id, vocab.forms)).encode())
+    bridge = build_bridge(teacher_vocab, student_vocab)
+    return TokenizerPair(teacher, student, teacher_vocab, student_vocab, bridge, print_of.hexdigest())

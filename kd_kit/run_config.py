@@ -1,0 +1,67 @@
+"""What makes a run the run it is, and what may change when it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+# A run that goes on with another value of these would not be the same run.
+_FIXED = {
+    "tokenizers": "the tokenizers",
+    "data": "the text, its windows or the batch size",
+    "student": "the student's shapes",
+    "terms": "the loss terms",
+    "seed": "the seed",
+    "accumulation": "the number of batches per step",
+}
+
+
+def run_config(trainer) -> dict:
+    """The configuration of a run as plain JSON."""
+    shapes = {name: list(p.shape) for name, p in trainer.module.named_parameters()}
+    return {
+        "tokenizers": trainer.data.pair.fingerprint,
+        "data": trainer.data.fingerprint,
+        "student": shapes,
+        "terms": [t.name for t in trainer.terms],
+        "weights": {t.name: t.weight for t in trainer.terms},
+        "steps": trainer.total_steps,
+        **trainer.settings,
+    }
+
+
+def check_run(folder: Path, config: dict) -> str | None:
+    """The id of the run that lives in ``folder``; None if it is new.
+
+    What does not decide which sample meets which weights (rates, weights, steps, logging) may change between two
+    sessions; a line says so.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration, or something that is no run.
+    """
+    path = folder / "RUN.json"
+    if not path.exists():
+        if (folder / "ckpt").is_dir() and any((folder / "ckpt").iterdir()):
+            raise ValueError(
+                f"build_trainer: expected a run folder with its RUN.json, got {str(folder)!r} with checkpoints but "
+                "without it; restore that file, or give the run another name: build_session(run=...)"
+            )
+        return None
+    try:
+        stored = json.loads(path.read_text())
+        before, run_id = stored["config"], stored["run_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"build_trainer: expected a RUN.json that can be read, got {str(path)!r} ({error}); "
+            "give the run another name: build_session(run=...)"
+        ) from error
+    changed = [what for key, what in _FIXED.items() if before.get(key) != config[key]]
+    if changed:
+        raise ValueError(
+            f"build_trainer: expected the configuration of the run in {str(folder)!r}, got another one: "
+            f"{', '.join(changed)} changed; go back to it, or give the new run another name: build_session(run=...)"
+        )
+    notes = [f"{k} {before.get(k)} -> {v}" for k, v in config.items() if k not in _FIXED and before.get(k) != v]
+    if notes:
+        print(f"{folder.name}: goes on with {', '.join(notes)}")
+    return run_id

@@ -1,0 +1,197 @@
+"""What this session is: machine, precision, folder, clock. A session may end at any time; a run is its folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+KAGGLE_WORKING = Path("/kaggle/working")
+KAGGLE_HOURS = 11.0
+"""Kaggle kills a GPU session after 12 hours and drops its output: stop an hour before."""
+
+
+def on_kaggle() -> bool:
+    """Whether this process runs in a Kaggle session."""
+    return bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE")) and KAGGLE_WORKING.is_dir()
+
+
+def process_age() -> float:
+    """Seconds since this process started, so that the clock also counts what ran before it was built."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(uptime - started / os.sysconf("SC_CLK_TCK"), 0.0)
+    except (OSError, ValueError, IndexError):  # not Linux: count from here
+        return 0.0
+
+
+def default_precision(device: torch.device) -> str:
+    """``"bf16"`` where the card computes in it (capability 8.0), ``"fp16"`` on older cards, ``"no"`` on the CPU.
+
+    ``torch.cuda.is_bf16_supported()`` is no guide: it counts emulation, which a T4 or P100 would crawl in.
+    """
+    if device.type != "cuda":
+        return "no"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+class Session:
+    """Machine, precision, run folder and clock of this session. Made by :func:`build_session`.
+
+    Attributes:
+        folder: where the run keeps its history, checkpoints and figures.
+        accelerator: accelerate's engine: device, precision, processes.
+        budget: seconds this session may last, counted from the start of the process; None for no limit.
+    """
+
+    def __init__(self, folder: Path, accelerator, *, budget: float | None, clock=time.monotonic):
+        self.folder = folder
+        self.accelerator = accelerator
+        self.budget = budget
+        self._clock = clock
+        self._started = clock() - process_age()
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def precision(self) -> str:
+        return self.accelerator.mixed_precision
+
+    def elapsed(self) -> float:
+        """Seconds since the process started."""
+        return self._clock() - self._started
+
+    def remaining(self) -> float:
+        """Seconds left of the budget; infinity without one."""
+        return float("inf") if self.budget is None else self.budget - self.elapsed()
+
+    def __repr__(self) -> str:
+        if self.device.type == "cuda":
+            card = torch.cuda.get_device_properties(self.device)
+            machine = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, capability {card.major}.{card.minor}"
+        else:
+            machine = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+        where = "Kaggle" if on_kaggle() else platform.system()
+        precision = {"no": "float32", "fp16": "float16 autocast with loss scaling", "bf16": "bfloat16 autocast"}
+        free = shutil.disk_usage(self.folder).free / 2**30
+        clock = (
+            "no limit"
+            if self.budget is None
+            else f"{self.budget / 3600:.1f} h, of which {self.elapsed() / 60:.0f} min are gone"
+        )
+        found = sorted((self.folder / "ckpt").glob("step-*")) if (self.folder / "ckpt").is_dir() else []
+        state = f"holds checkpoints up to {found[-1].name}: fit() goes on from there" if found else "new"
+        return (
+            f"machine    {machine} ({where})\n"
+            f"precision  {precision.get(self.precision, self.precision)}\n"
+            f"folder     {self.folder} ({state}; {free:.0f} GiB free)\n"
+            f"clock      {clock}\n"
+            f"versions   python {platform.python_version()}, torch {torch.__version__}, "
+            + ", ".join(f"{n} {v}" for n, v in _versions(("transformers", "accelerate", "datasets")).items())
+        )
+
+
+def _versions(packages) -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {}
+    for package in packages:
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            out[package] = "not installed"
+    return out
+
+
+def build_session(
+    run: str = "run",
+    *,
+    hours: float | None = None,
+    folder: str | os.PathLike | None = None,
+    precision: str | None = None,
+) -> Session:
+    """Look at the machine, choose precision and run folder, start the clock. Safe to call again in the same process.
+
+    Args:
+        run: name of the run; running the notebook again with the same name goes on with it.
+        hours: of this session, from the start of the process; ``fit`` stops in time to save. Left out: 11 on Kaggle,
+            no limit elsewhere.
+        folder: where runs are kept; ``kd_runs`` here, or below /kaggle/working.
+        precision: "no", "fp16" or "bf16"; chosen by the card if left out.
+
+    Raises:
+        ValueError: hours that are not positive, or a folder that cannot be written.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if hours is not None and hours <= 0:
+        raise ValueError(f"build_session: expected hours above 0, got {hours}")
+    if hours is None and on_kaggle():
+        hours = KAGGLE_HOURS
+    root = Path(folder) if folder is not None else (KAGGLE_WORKING if on_kaggle() else Path.cwd()) / "kd_runs"
+    path = root / run
+    check_writable(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = precision or default_precision(device)
+    # accelerate keeps one state per process and refuses another precision: a second call of this cell starts afresh
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != chosen:
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=chosen, cpu=device.type == "cpu")
+    return Session(path, accelerator, budget=None if hours is None else hours * 3600)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise before any long work if ``folder`` cannot be made or written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"build_session: expected a run folder that can be written, got {str(folder)!r} "
+            f"({type(error).__name__}: {error.strerror}); pass folder= with a place of your own"
+        ) from error
+
+
+class StopRequests:
+    """Turns Interrupt (the notebook's stop button) and SIGTERM into a wish that the loop reads between two steps.
+
+    A second Interrupt acts at once, as Python does it. Outside the main thread signals are left alone.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None
+        self._before: dict[int, object] = {}
+
+    def _handle(self, number, frame):
+        if self.reason is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = "interrupted" if number == signal.SIGINT else "terminated"
+        print(f"\n{self.reason}: finishing the step and saving", file=sys.stderr)
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

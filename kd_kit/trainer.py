@@ -1,0 +1,531 @@
+"""The run: one loop that you can read, on accelerate.
+
+Per optimizer step: fetch the micro-batches, count every term's positions in all of them, ask the teacher, run the
+module forward and backward, clip, step, record. A run is a folder; ``fit()`` goes on where the folder says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kd_kit import checkpoint
+from kd_kit.callbacks import PrintLines
+from kd_kit.data import DistillData
+from kd_kit.evaluate import score
+from kd_kit.history import History
+from kd_kit.models import check_model
+from kd_kit.module import DistillModule
+from kd_kit.run_config import check_run, run_config
+from kd_kit.session import Session, StopRequests, build_session
+from kd_kit.stages import LearningRate, Schedule, constant
+from kd_kit.teacher import LiveTeacher
+from kd_kit.tensor_tree import capture_rng, flatten_optimizer, restore_rng, unflatten_optimizer
+from kd_kit.terms import LossTerm, kd_term, lm_term
+from kd_kit.types import DistillBatch
+
+RECORD_EVERY = 10
+"""Steps between two transfers of what was measured from the device to the host."""
+
+_PARTS_RATE = 5.0  # projectors and routers start from little and are thrown away: they may move faster
+
+
+class Trainer:
+    """A distillation run. Made by :func:`build_trainer`, which explains the arguments.
+
+    Attributes:
+        step: optimizer steps done. total_steps: planned.
+        history: everything measured, :class:`kd_kit.history.History`.
+        control_history: of the LM-only control, once it exists.
+        callbacks: objects with the hooks of :class:`kd_kit.callbacks.Callback`.
+        stop_reason: None while there is something to do; set it to stop the run after the step.
+    """
+
+    def __init__(
+        self,
+        student,
+        teacher: LiveTeacher | None,
+        data: DistillData,
+        terms: Sequence[LossTerm],
+        *,
+        session: Session,
+        total_steps: int,
+        settings: dict,
+        schedule: Schedule,
+        lr_schedule: LearningRate,
+    ):
+        self.session = session
+        self.student = student
+        self.teacher = teacher
+        self.data = data
+        self.terms = tuple(terms)
+        self.total_steps = total_steps
+        self.settings = settings
+        self.schedule = schedule
+        self.lr_schedule = lr_schedule
+        self.callbacks: list = [PrintLines(settings["log_every"])]
+        self.stop_reason: str | None = None
+        self.step = 0
+        self.skipped_steps = 0
+        self.tokens = 0
+        self.seconds = 0.0  # of training, over all sessions
+        self.save_number = 0
+        self.best: float | None = None
+        self._resumed = False
+        self._unsaved_best = False
+        self._pending: list[tuple[dict, torch.Tensor]] = []
+        self._last_save = time.monotonic()
+
+        accelerator = session.accelerator
+        self.module = DistillModule(student, self.terms).to(session.device)
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), eps=1e-8)
+        self._prepared, self.optimizer = accelerator.prepare(self.module, self.optimizer)
+
+        folder = session.folder
+        self.history = History(folder / "metrics.jsonl")
+        config = run_config(self)
+        self.run_id = check_run(folder, config) or uuid.uuid4().hex[:12]
+        self._write_run(folder, config)
+
+    # --- what is asked of it ------------------------------------------------------------------------------------
+
+    def fit(self, steps: int | None = None) -> str:
+        """Train to the end, or for ``steps`` more steps, from the newest good checkpoint of the run folder.
+
+        Ends early, having saved, when the session's time is over, on Interrupt or SIGTERM, or when a callback sets
+        ``stop_reason``. Calling it again goes on.
+
+        Returns:
+            why it stopped, also in ``stop_reason``.
+        """
+        self.resume()
+        self.stop_reason = None
+        end = self.total_steps if steps is None else min(self.total_steps, self.step + steps)
+        if self.step >= end:
+            self.stop_reason = "finished"
+            return self.stop_reason
+        self._reference_scores()
+        self.module.train()
+        self._tell("on_start")
+        every = self.settings["accumulation"]
+        batches = self.data.batches(
+            self.settings["seed"], range(self.step * every, end * every), workers=self.settings["workers"]
+        )
+        self._last_save = time.monotonic()
+        with StopRequests() as requests:
+            while self.step < end and self.stop_reason is None:
+                started = time.monotonic()
+                self._train_step([next(batches).to(self.session.device) for _ in range(every)])
+                self.seconds += time.monotonic() - started
+                self._after_step(end)
+                if requests.reason:
+                    self.stop_reason = requests.reason
+                elif self.stop_reason is None and self._time_is_over():
+                    self.stop_reason = "the session's time is over"
+        self._flush()
+        self.stop_reason = self.stop_reason or ("finished" if self.step >= self.total_steps else "paused")
+        self.history.append({"kind": "event", "step": self.step, "what": "stopped", "text": self.stop_reason})
+        self.save()
+        self._tell("on_stop")
+        return self.stop_reason
+
+    def resume(self) -> bool:
+        """Load the newest good checkpoint of the run folder, once per trainer; True if there was one."""
+        if self._resumed:
+            return self.step > 0
+        self._resumed = True
+        info, refusals = checkpoint.find_checkpoint(self.session.folder, run_id=self.run_id)
+        if refusals:
+            print(checkpoint.refusal_table(refusals))
+        if info is None:
+            self.history.rewind(-1)
+            if not self.history.terms:
+                self.history.append(self._run_record())
+            return False
+        groups, state = checkpoint.load_checkpoint(info)
+        self._load(groups, state)
+        self.history.rewind(self.step)
+        text = f"from {info.path.name}, {self.seconds:.0f} s of training so far"
+        self.history.append({"kind": "event", "step": self.step, "what": "resumed", "text": text})
+        return True
+
+    def save(self) -> checkpoint.CheckpointInfo:
+        """Write a checkpoint now. Returns what was written.
+
+        Raises:
+            CheckpointError: it could not be written; older checkpoints are untouched.
+        """
+        self._flush()
+        groups, state = self._state()
+        self.save_number += 1
+        state["save_number"] = self.save_number
+        info = checkpoint.save_checkpoint(
+            self.session.folder,
+            step=self.step,
+            save_number=self.save_number,
+            groups=groups,
+            state=state,
+            run_id=self.run_id,
+            best=self._unsaved_best,
+        )
+        self._unsaved_best = False
+        self._last_save = time.monotonic()
+        self.history.append({"kind": "event", "step": self.step, "what": "saved", "text": info.path.name})
+        self._tell("on_save")
+        return info
+
+    def evaluate_now(self) -> float:
+        """Held-out bits per byte of the student on the run's evaluation windows, recorded in the history."""
+        self._flush()
+        result = self._score(self.student)
+        if self.best is None or result < self.best:
+            self.best, self._unsaved_best = result, True
+        self.history.append({"kind": "eval", "step": self.step, "bits_per_byte": result, "seconds": self.seconds})
+        self._tell("on_evaluate")
+        return result
+
+    def initial_student(self):
+        """A copy of the student as it was before its first step."""
+        student = copy.deepcopy(self.student)
+        student.load_state_dict(load_file(self.session.folder / "initial.safetensors"), strict=False)
+        student.tie_weights()
+        return student
+
+    @property
+    def control_history(self) -> History | None:
+        """Of the LM-only control; None until it has been trained."""
+        path = self.session.folder / "control" / "metrics.jsonl"
+        return History(path) if path.exists() else None
+
+    def train_control(self):
+        """The student that the same start, tokens, order and rates give without a teacher.
+
+        Trained in ``<run>/control``, once: a second call, also in another session, finds it there. A run that this
+        session's clock cuts short goes on at the next call.
+
+        Returns:
+            the trained student.
+        """
+        session = Session(self.session.folder / "control", self.session.accelerator, budget=None)
+        session.budget = None if self.session.budget is None else session.elapsed() + self.session.remaining()
+        control = Trainer(
+            self.initial_student(),
+            None,
+            self.data,
+            [lm_term(1.0)],
+            session=session,
+            total_steps=self.total_steps,
+            settings=self.settings,
+            schedule=constant(),
+            lr_schedule=self.lr_schedule,
+        )
+        control.fit()
+        return control.student
+
+    def __repr__(self) -> str:
+        shares = self.schedule.shares({t.name: t.weight for t in self.terms}, self.step / self.total_steps)
+        lines = [
+            f"{t.name:9} share {shares[t.name]:.2f}, healthy {t.healthy[0]:g} to {t.healthy[1]:g} {t.unit}"
+            for t in self.terms
+        ]
+        per_step = self.data.batch_size * self.settings["accumulation"]
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        return "\n".join(
+            [
+                *lines,
+                f"steps     {self.total_steps:,} of {per_step} windows ({self.step:,} done), "
+                f"{self.total_steps * self.settings['accumulation'] / self.data.batches_per_epoch:.2f} epochs",
+                f"rate      peak {self.settings['learning_rate']:g}, warm-up to step "
+                f"{max(1, round(self.lr_schedule.warmup * self.total_steps)):,}, decay from step "
+                f"{self.total_steps - round(self.lr_schedule.decay * self.total_steps):,}",
+                f"trained   {trained:,} parameters",
+                f"run       {self.session.folder} (id {self.run_id})",
+            ]
+        )
+
+    # --- the step -----------------------------------------------------------------------------------------------
+
+    def _train_step(self, batches: list[DistillBatch]) -> None:
+        """One optimizer step over all micro-batches, each term divided by its count in all of them."""
+        accelerator = self.session.accelerator
+        shares = self.schedule.shares({t.name: t.weight for t in self.terms}, self.step / self.total_steps)
+        rate = self.settings["learning_rate"] * self.lr_schedule.factor(self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate_factor"]
+        counts = [sum(term.count(b) for b in batches) for term in self.terms]
+        scales = torch.tensor(
+            [shares[t.name] / c if c else 0.0 for t, c in zip(self.terms, counts, strict=True)],
+            device=self.session.device,
+        )
+        sums = torch.zeros(len(self.terms), device=self.session.device)
+        tail = torch.zeros((), device=self.session.device)
+        started = time.monotonic()
+        for number, batch in enumerate(batches):
+            signal = None if self.teacher is None else self.teacher.signal(batch)
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self._prepared):
+                total, part = self._prepared(batch, signal, scales)
+                accelerator.backward(total)
+            sums += part
+            if signal is not None:
+                tail += signal.tail.exp().sum()
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), self.settings["max_grad_norm"])
+        if accelerator.scaler is None and not math.isfinite(float(norm)):
+            self.skipped_steps += 1  # a scaler sees to this itself
+        else:
+            self.optimizer.step()
+            self.skipped_steps += bool(accelerator.optimizer_step_was_skipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        predicted = sum(len(b.rows) for b in batches)
+        aligned = sum(len(b.aligned_rows) for b in batches)
+        self.tokens += predicted
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "epoch": self.step * len(batches) / self.data.batches_per_epoch,
+            "tokens": self.tokens,
+            "seconds": self.seconds + time.monotonic() - started,
+            "shares": shares,
+            "counts": dict(zip((t.name for t in self.terms), counts, strict=True)),
+            "lr": {"student": rate} | ({"parts": rate * _PARTS_RATE} if self.module.parts else {}),
+            "skipped_steps": self.skipped_steps,
+            "tokens_per_second": predicted / max(time.monotonic() - started, 1e-9),
+            "aligned_share": aligned / max(predicted, 1),
+        }
+        self._pending.append((record, torch.cat([sums, torch.stack([norm.float().to(sums.device), tail])])))
+
+    def _flush(self) -> None:
+        """Move what the last steps measured to the host, in one transfer, and into the history."""
+        if not self._pending:
+            return
+        values = torch.stack([v for _, v in self._pending]).cpu().tolist()
+        for (record, _), (*sums, norm, tail) in zip(self._pending, values, strict=True):
+            shares, counts = record.pop("shares"), record.pop("counts")
+            terms = {}
+            for term, value in zip(self.terms, sums, strict=True):
+                count = counts[term.name]
+                mean = value / count if count else None
+                part = None if mean is None else shares[term.name] * mean
+                terms[term.name] = {
+                    "value": mean,
+                    "weight": shares[term.name],
+                    "contribution": part,
+                    "count": count,
+                }
+            record["terms"] = terms
+            record["total"] = sum(t["contribution"] for t in terms.values() if t["contribution"] is not None)
+            record["grad_norm"] = norm
+            aligned = max((counts[t.name] for t in self.terms if t.over == "aligned"), default=0)
+            record["tail_mass"] = tail / aligned if aligned else None
+            self.history.append(record)
+        self._pending.clear()
+        self._tell("on_log")
+
+    def _after_step(self, end: int) -> None:
+        """Record, evaluate and save when it is time."""
+        if self.step % RECORD_EVERY == 0:
+            self._flush()
+        if self.step % self.settings["eval_every"] == 0 or self.step == self.total_steps:
+            self.evaluate_now()
+        if time.monotonic() - self._last_save >= self.settings["save_minutes"] * 60 and self.step < end:
+            self.save()
+
+    def _time_is_over(self) -> bool:
+        """Whether another step and the save at the end might not fit into what is left of the session."""
+        return self.session.remaining() < 30 + 2 * self.seconds / max(self.step, 1)
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def _state(self) -> tuple[dict, dict]:
+        """Everything that the next step depends on, as named tensors and plain JSON."""
+        optim, optim_state = flatten_optimizer(self.optimizer.state_dict())
+        rng, rng_state = capture_rng()
+        scaler = self.session.accelerator.scaler
+        groups = {
+            "model": self.student.state_dict(),
+            "aux": self.module.parts.state_dict(),
+            "optim": optim,
+            "rng": rng,
+        }
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "skipped_steps": self.skipped_steps,
+            "best": self.best,
+            "optimizer": optim_state,
+            "rng": rng_state,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        return groups, state
+
+    def _load(self, groups: dict, state: dict) -> None:
+        self.student.load_state_dict(groups["model"])
+        self.module.parts.load_state_dict(groups["aux"])
+        self.optimizer.load_state_dict(unflatten_optimizer(groups["optim"], state["optimizer"]))
+        restore_rng(groups["rng"], state["rng"])
+        if state["scaler"] is not None and self.session.accelerator.scaler is not None:
+            self.session.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.skipped_steps, self.best, self.save_number = (
+            state["skipped_steps"],
+            state["best"],
+            state["save_number"],
+        )
+
+    def _groups(self) -> list[dict]:
+        """Parameter groups: matrices with weight decay, vectors without, parts of terms at their own rate."""
+        decay = self.settings["weight_decay"]
+        student = [p for p in self.student.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in student if p.ndim >= 2], "weight_decay": decay, "rate_factor": 1.0},
+            {"params": [p for p in student if p.ndim < 2], "weight_decay": 0.0, "rate_factor": 1.0},
+            {"params": list(self.module.parts.parameters()), "weight_decay": 0.0, "rate_factor": _PARTS_RATE},
+        ]
+        for group in groups:
+            group["lr"] = self.settings["learning_rate"] * group["rate_factor"]
+        return [g for g in groups if g["params"]]
+
+    def _write_run(self, folder: Path, config: dict) -> None:
+        """RUN.json, and the student's start, once per run."""
+        if not (folder / "RUN.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(_untied(self.student), folder / "initial.safetensors")
+            text = json.dumps({"run_id": self.run_id, "config": config}, indent=1)
+            (folder / "RUN.json").write_text(text)
+
+    def _run_record(self) -> dict:
+        terms = {t.name: t.meta for t in self.terms}
+        return {"kind": "run", "run_id": self.run_id, "total_steps": self.total_steps, "terms": terms}
+
+    # --- small helps --------------------------------------------------------------------------------------------
+
+    def _score(self, model, side: str = "student") -> float:
+        with self.session.accelerator.autocast():
+            return score(model, self.data.held_out, side=side, limit=self.settings["eval_windows"]).bits_per_byte
+
+    def _reference_scores(self) -> None:
+        """The lines to compare with, once per run: the teacher, and the student before its first step."""
+        if self.teacher is not None and "teacher" not in self.history.references():
+            value = self._score(self.teacher.model, "teacher")
+            self.history.append({"kind": "reference", "name": "teacher", "bits_per_byte": value})
+        if self.step == 0 and not self.history.evaluations()[0]:
+            self.evaluate_now()
+
+    def _tell(self, hook: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook, lambda trainer: None)(self)
+
+
+def _untied(model) -> dict[str, torch.Tensor]:
+    """State of a model without the second name of a tied tensor, as safetensors wants it."""
+    seen, out = set(), {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            out[name] = tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return out
+
+
+def build_trainer(
+    student,
+    teacher,
+    data: DistillData,
+    terms: Sequence[LossTerm] | None = None,
+    *,
+    session: Session | None = None,
+    steps: int | None = None,
+    epochs: float = 1.0,
+    learning_rate: float = 5e-4,
+    schedule: Schedule | None = None,
+    lr_schedule: LearningRate | None = None,
+    accumulation: int = 1,
+    weight_decay: float = 0.1,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    eval_every: int | None = None,
+    eval_windows: int = 64,
+    log_every: int = 100,
+    save_minutes: float = 10.0,
+    workers: int = 0,
+) -> Trainer:
+    """Put a run together and check that it can work, before anything long begins.
+
+    Args:
+        student: from :func:`build_student`. teacher: from :func:`build_teacher`, or None for terms that need none.
+        data: from :func:`build_data`.
+        terms: what is taught; ``[lm_term(), kd_term()]`` if left out.
+        session: from :func:`build_session`; a new one if left out.
+        steps: optimizer steps, or else ``epochs`` over the training windows.
+        learning_rate: peak rate of the student; 5e-4 suits pretrained students, untrained ones take several times that.
+        schedule: shares of the terms over the run. lr_schedule: warm-up, stable, decay.
+        accumulation: batches per optimizer step.
+        seed: of the order of the data.
+        eval_every: steps between evaluations; a tenth of the run if left out. eval_windows: held-out windows that
+            each of them looks at, spread evenly (:func:`kd_kit.evaluate` looks at all).
+        log_every: steps between printed lines. save_minutes: between checkpoints; one is always written at the end.
+        workers: processes that prepare batches.
+
+    Raises:
+        ValueError: a model, tokenizer, window, K or setting that cannot work, or a run folder of another
+            configuration.
+    """
+    terms = [lm_term(), kd_term()] if terms is None else list(terms)
+    names = [t.name for t in terms]
+    if not terms or len(set(names)) != len(names):
+        raise ValueError(f"build_trainer: expected one or more terms with different names, got {names}")
+    positive = {"accumulation": accumulation, "log_every": log_every, "eval_windows": eval_windows}
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"build_trainer: expected {name} of at least 1, got {value}")
+    if learning_rate <= 0:
+        raise ValueError(f"build_trainer: expected a learning_rate above 0, got {learning_rate}")
+    total = steps if steps is not None else round(epochs * data.batches_per_epoch / accumulation)
+    if total < 1:
+        raise ValueError(f"build_trainer: expected at least one step, got {total}; raise steps= or epochs=")
+    schedule = schedule or constant()
+    schedule.check({t.name: t.weight for t in terms})
+    needs = [t for t in terms if t.top_k]
+    if needs and teacher is None:
+        raise ValueError(
+            f"build_trainer: expected a teacher for {', '.join(t.name for t in needs)}, got None; "
+            "pass build_teacher(...), or terms that need none"
+        )
+    live = None
+    check_model(student, data.pair.student_vocab, data.window, "student")
+    if teacher is not None and needs:
+        check_model(teacher, data.pair.teacher_vocab, data.window, "teacher")
+        live = LiveTeacher(teacher, data.pair.bridge, top_k=max(t.top_k for t in needs))
+    settings = {
+        "learning_rate": learning_rate,
+        "accumulation": accumulation,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "seed": seed,
+        "eval_every": eval_every or max(1, total // 10),
+        "eval_windows": eval_windows,
+        "log_every": log_every,
+        "save_minutes": save_minutes,
+        "workers": workers,
+    }
+    return Trainer(
+        student,
+        live,
+        data,
+        terms,
+        session=session or build_session(),
+        total_steps=total,
+        settings=settings,
+        schedule=schedule,
+        lr_schedule=lr_schedule or LearningRate(),
+    )

@@ -66,10 +66,7 @@ class Table:
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         left = [name in self.words for name in self.columns]
         body = [
-            "  ".join(
-                t.ljust(w) if at_left else t.rjust(w)
-                for t, w, at_left in zip(line, widths, left, strict=True)
-            )
+            "  ".join(t.ljust(w) if at_left else t.rjust(w) for t, w, at_left in zip(line, widths, left, strict=True))
             for line in lines
         ]
         return "\n".join(line.rstrip() for line in [self.title, *body, self.note] if line)
@@ -183,23 +180,26 @@ def short(value: float | None) -> str:
         return f"{value:g}"
     size = abs(value)
     if size >= 99_999.5 or size < 0.00099995:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+        return _scientific(value)
     if size >= 999.5:
         return f"{float(f'{value:.3g}'):,.0f}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(size) + 1e-9))}f}"
 
 
+def _scientific(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
 def plain(value: float) -> str:
     """A number that somebody chose, without trailing zeros: "0.6", "0.0672", "1,500", "3e-4"."""
-    if not math.isfinite(value) or value == 0 or 0.001 <= abs(value) < 1000:
+    size = abs(value)
+    if not math.isfinite(value) or value == 0 or 0.00995 <= size < 1000:
         return f"{value:.4g}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else short(value)
+    return f"{value:,.0f}" if 1000 <= size < 1e5 else _scientific(value)
 
 
-def decimate(
-    steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS
-) -> tuple[ndarray, ndarray]:
+def decimate(steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS) -> tuple[ndarray, ndarray]:
     """At most ``limit`` points of a line: first, last, and the lowest and highest of each stretch between.
 
     Every spike stays visible; a stretch without any finite value leaves one gap.
@@ -218,9 +218,7 @@ def decimate(
     padded[: len(x)] = np.where(np.isfinite(y), y, np.nan)
     stretches = padded.reshape(-1, width)
     starts = np.arange(len(stretches)) * width
-    lowest = np.where(np.isnan(stretches), np.inf, stretches).argmin(
-        axis=1
-    )  # index 0 where nothing is finite
+    lowest = np.where(np.isnan(stretches), np.inf, stretches).argmin(axis=1)  # index 0 where nothing is finite
     highest = np.where(np.isnan(stretches), -np.inf, stretches).argmax(axis=1)
     chosen = np.unique(np.concatenate([[0], starts + lowest, starts + highest, [len(x) - 1]]))
     return x[chosen], y[chosen]
@@ -497,9 +495,7 @@ def _say(ax: Axes, text: str) -> None:
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", size=_NORMAL, color=_GREY)
 
 
-def _line(
-    ax: Axes, steps: Sequence[int], values: Sequence[float], colour: str, dash: Any, *, label: str
-) -> None:
+def _line(ax: Axes, steps: Sequence[int], values: Sequence[float], colour: str, dash: Any, *, label: str) -> None:
     """Single steps thin and, where they are many, their running mean thick."""
     width = _mean_width(len(steps))
     if width > 1:
@@ -526,9 +522,7 @@ def _running_mean(values: Sequence[float], width: int) -> ndarray:
     return np.where(finite & (count > 0), (sums[1:] - sums[first]) / np.maximum(count, 1), np.nan)
 
 
-def _rim_marks(
-    ax: Axes, steps: Sequence[int], values: Sequence[float], colour: str, *, positive: bool = True
-) -> None:
+def _rim_marks(ax: Axes, steps: Sequence[int], values: Sequence[float], colour: str, *, positive: bool = True) -> None:
     """What a log axis cannot place: crosses at the upper rim (not finite), triangles at the lower (<= 0)."""
     broken = [s for s, v in zip(steps, values, strict=True) if not math.isfinite(v)]
     lowest = [s for s, v in zip(steps, values, strict=True) if positive and math.isfinite(v) and v <= 0]

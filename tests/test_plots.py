@@ -257,7 +257,8 @@ def test_short_numbers(value, text):
 
 
 def test_plain_numbers():
-    assert [plain(v) for v in (0.6, 0.0672, 3e-4, 0.0, 1.0, 0.001)] == ["0.6", "0.0672", "3e-4", "0", "1", "0.001"]
+    values = (0.6, 0.0672, 3e-4, 1.5e-3, 0.0, 1.0, 1500.0, 1e6)
+    assert [plain(v) for v in values] == ["0.6", "0.0672", "3e-4", "1.5e-3", "0", "1", "1,500", "1e6"]
 
 
 def test_import_is_cheap_and_pyplot_stays_out():

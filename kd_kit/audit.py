@@ -10,8 +10,10 @@ from kd_kit.data import DistillData
 from kd_kit.head import body_of, head_of
 from kd_kit.pair import TokenizerPair
 from kd_kit.reduce import chunks
+from kd_kit.table import Table
 from kd_kit.types import IGNORE
 
+_WORDS = ("measured on this text",)  # the column of the table that is not numbers
 _WINDOWS = 64
 """Windows that are looked at, spread evenly over the text: shares are then right to about a percent."""
 
@@ -74,18 +76,16 @@ class Audit:
             lines.append((f"  of it in the {k} largest cells", f"{mass:.1%}"))
         return lines
 
+    @property
+    def table(self) -> Table:
+        """The figures as a table, with the recommendation below."""
+        return Table("", ("measured on this text", ""), tuple(self._lines()), f"-> {self.recommendation}", _WORDS)
+
     def __repr__(self) -> str:
-        width = max(len(name) for name, _ in self._lines())
-        table = "\n".join(f"{name.ljust(width)}  {value:>9}" for name, value in self._lines())
-        return f"{table}\n-> {self.recommendation}"
+        return str(self.table)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td style='text-align:left'>{name.replace('  ', '&emsp;')}</td>"
-            f"<td style='text-align:right'>{value}</td></tr>"
-            for name, value in self._lines()
-        )
-        return f"<table>{rows}</table><p>&rarr; {self.recommendation}</p>"
+        return self.table._repr_html_()
 
     def to_dict(self) -> dict:
         return asdict(self) | {"recommendation": self.recommendation}

@@ -38,9 +38,11 @@ class PrintLines(Callback):
 
     def on_start(self, trainer) -> None:
         self._next = trainer.step + self.every
-        self._events = len(trainer.history.events)
+        events = trainer.history.events
+        self._events = len(events) - (bool(events) and events[-1]["what"] == "resumed")
+        self._tell_events(trainer)
         left = trainer.total_steps - trainer.step
-        self.print(f"step {trainer.step:,} of {trainer.total_steps:,}: {left:,} to go")
+        self.print(f"step {trainer.step:>6,}  of {trainer.total_steps:,}: {left:,} to go")
 
     def on_log(self, trainer) -> None:
         self._tell_events(trainer)
@@ -73,6 +75,6 @@ class PrintLines(Callback):
     def _tell_events(self, trainer) -> None:
         events = trainer.history.events
         for event in events[self._events :]:
-            if event["what"] != "saved":
+            if event["what"] not in ("saved", "stopped"):  # the one is no news, the other is said by on_stop
                 self.print(f"step {event['step']:>6,}  {event['what']}: {event['text']}")
         self._events = len(events)

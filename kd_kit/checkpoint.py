@@ -304,6 +304,8 @@ def _held(folder: Path) -> Iterator[None]:
 def _write_group(path: Path, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> StoredFile:
     copies = {name: _cpu_copy(tensor) for name, tensor in tensors.items() if name not in aliases}
     save_file(copies, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+    # safetensors makes files that only their owner can read; others shall see what the folder lets them see
+    path.chmod(path.parent.stat().st_mode & 0o666)
     return _settle(path)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from kd_kit.data import WindowSet
 from kd_kit.head import LogitRows, body_of, head_losses, head_of
 from kd_kit.losses import cross_entropy, forward_kl
+from kd_kit.table import Table
 from kd_kit.teacher import LiveTeacher
 from kd_kit.types import IGNORE
 
@@ -205,35 +206,21 @@ class Report:
         ("parameters", "parameters", "{:,.0f}"),
     )
 
-    def _cells(self) -> list[list[str]]:
-        head = ["", *(title for _, title, _ in self._COLUMNS)]
-        body = [
-            [name, *("-" if row[key] is None else spec.format(row[key]) for key, _, spec in self._COLUMNS)]
+    @property
+    def table(self) -> Table:
+        """The rows as a table, with what they say in words below."""
+        rows = tuple(
+            (name, *("-" if row[key] is None else spec.format(row[key]) for key, _, spec in self._COLUMNS))
             for name, row in self.rows.items()
-        ]
-        return [head, *body]
+        )
+        columns = ("", *(title for _, title, _ in self._COLUMNS))
+        return Table("", columns, rows, note="\n".join(self.sentences()), words=("",))
 
     def __repr__(self) -> str:
-        cells = self._cells()
-        width = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True))])
-            for row in cells
-        ]
-        return "\n".join([*lines, "", *self.sentences()])
+        return str(self.table)
 
     def _repr_html_(self) -> str:
-        head, *body = self._cells()
-        top = "".join(f"<th style='text-align:right'>{c}</th>" for c in head)
-        rows = "".join(
-            "<tr>"
-            + f"<th style='text-align:left'>{row[0]}</th>"
-            + "".join(f"<td style='text-align:right'>{c}</td>" for c in row[1:])
-            + "</tr>"
-            for row in body
-        )
-        said = "".join(f"<p>{s}</p>" for s in self.sentences())
-        return f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>{said}"
+        return self.table._repr_html_()
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "gain": self.gain, "retention": self.retention}, indent=1)
@@ -260,7 +247,7 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
         students["LM-only control"] = trainer.train_control()
     students["distilled"] = trainer.student
     rows = {}
-    with trainer.session.accelerator.autocast():
+    with trainer.accelerator.autocast():
         for name, model in students.items():
             model.to(device)
             likelihood = score(model, windows, limit=limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def run_notebook(path: Path, out: Path, *, timeout: int = 3600) -> Path:
     # the kernel of this environment, whatever else is registered under that name on this machine
     client.km = client.create_kernel_manager()
     client.km.kernel_spec_manager = KernelSpecManager(ensure_native_kernel=True, allowed_kernelspecs=set())
+    if os.name == "posix":
+        client.km.transport = "ipc"  # files of this user instead of open TCP ports
     executed = out.with_suffix(".ipynb")
     try:
         client.execute()

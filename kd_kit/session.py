@@ -48,24 +48,48 @@ class Session:
 
     Attributes:
         folder: where the run keeps its history, checkpoints and figures.
-        accelerator: accelerate's engine: device, precision, processes.
+        device: where the student trains.
+        precision: "no", "fp16" or "bf16".
         budget: seconds this session may last, counted from the start of the process; None for no limit.
     """
 
-    def __init__(self, folder: Path, accelerator, *, budget: float | None, clock=time.monotonic):
+    def __init__(self, folder: Path, *, device, precision: str, budget: float | None = None, clock=time.monotonic):
         self.folder = folder
-        self.accelerator = accelerator
+        self.device = torch.device(device)
+        self.precision = precision
         self.budget = budget
         self._clock = clock
         self._started = clock() - process_age()
 
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
+    def engine(self):
+        """A new Accelerator with this session's device and precision.
 
-    @property
-    def precision(self) -> str:
-        return self.accelerator.mixed_precision
+        Every trainer has its own: an Accelerator holds on to all that it prepared and to one gradient scaler.
+
+        Raises:
+            ValueError: the process is one of several, which this version does not train on.
+        """
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+
+        # accelerate keeps one state per process and refuses another precision: a cell that chose one may run again
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.precision:
+            AcceleratorState._reset_state()
+        accelerator = Accelerator(mixed_precision=self.precision, cpu=self.device.type == "cpu")
+        if accelerator.num_processes > 1:
+            raise ValueError(
+                f"build_session: expected one process, got {accelerator.num_processes}; start the program with plain "
+                "python instead of `accelerate launch`"
+            )
+        return accelerator
+
+    def within(self, name: str) -> Session:
+        """A session for a run inside this one's folder, on the same machine and clock."""
+        inner = Session(
+            self.folder / name, device=self.device, precision=self.precision, budget=self.budget, clock=self._clock
+        )
+        inner._started = self._started
+        return inner
 
     def elapsed(self) -> float:
         """Seconds since the process started."""
@@ -130,11 +154,8 @@ def build_session(
         precision: "no", "fp16" or "bf16"; chosen by the card if left out.
 
     Raises:
-        ValueError: hours that are not positive, or a folder that cannot be written.
+        ValueError: hours that are not positive, an unknown precision, or a folder that cannot be written.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
     if hours is not None and hours <= 0:
         raise ValueError(f"build_session: expected hours above 0, got {hours}")
     if hours is None and on_kaggle():
@@ -144,11 +165,11 @@ def build_session(
     check_writable(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = precision or default_precision(device)
-    # accelerate keeps one state per process and refuses another precision: a second call of this cell starts afresh
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != chosen:
-        AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=chosen, cpu=device.type == "cpu")
-    return Session(path, accelerator, budget=None if hours is None else hours * 3600)
+    if chosen not in ("no", "fp16", "bf16"):
+        raise ValueError(f"build_session: expected precision 'no', 'fp16' or 'bf16', got {precision!r}")
+    session = Session(path, device=device, precision=chosen, budget=None if hours is None else hours * 3600)
+    session.engine()  # what accelerate cannot do on this machine shows now
+    return session
 
 
 def check_writable(folder: Path) -> None:

@@ -26,6 +26,7 @@ from kd_kit.history import History
 from kd_kit.models import check_model
 from kd_kit.module import DistillModule
 from kd_kit.run_config import check_run, run_config
+from kd_kit.run_lock import lock_run
 from kd_kit.session import Session, StopRequests, build_session
 from kd_kit.stages import LearningRate, Schedule, constant
 from kd_kit.teacher import LiveTeacher
@@ -80,15 +81,16 @@ class Trainer:
         self.seconds = 0.0  # of training, over all sessions
         self.save_number = 0
         self.best: float | None = None
+        self._best_step: int | None = None
         self._resumed = False
-        self._unsaved_best = False
+        self._control: History | None = None
         self._pending: list[tuple[dict, torch.Tensor]] = []
         self._last_save = time.monotonic()
 
-        accelerator = session.accelerator
+        self.accelerator = session.engine()
         self.module = DistillModule(student, self.terms).to(session.device)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), eps=1e-8)
-        self._prepared, self.optimizer = accelerator.prepare(self.module, self.optimizer)
+        self._prepared, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
 
         folder = session.folder
         self.history = History(folder / "metrics.jsonl")
@@ -121,7 +123,7 @@ class Trainer:
             self.settings["seed"], range(self.step * every, end * every), workers=self.settings["workers"]
         )
         self._last_save = time.monotonic()
-        with StopRequests() as requests:
+        with lock_run(self.session.folder), StopRequests() as requests:
             while self.step < end and self.stop_reason is None:
                 started = time.monotonic()
                 self._train_step([next(batches).to(self.session.device) for _ in range(every)])
@@ -175,9 +177,8 @@ class Trainer:
             groups=groups,
             state=state,
             run_id=self.run_id,
-            best=self._unsaved_best,
+            best=self.step == self._best_step,
         )
-        self._unsaved_best = False
         self._last_save = time.monotonic()
         self.history.append({"kind": "event", "step": self.step, "what": "saved", "text": info.path.name})
         self._tell("on_save")
@@ -188,7 +189,7 @@ class Trainer:
         self._flush()
         result = self._score(self.student)
         if self.best is None or result < self.best:
-            self.best, self._unsaved_best = result, True
+            self.best, self._best_step = result, self.step
         self.history.append({"kind": "eval", "step": self.step, "bits_per_byte": result, "seconds": self.seconds})
         self._tell("on_evaluate")
         return result
@@ -204,7 +205,9 @@ class Trainer:
     def control_history(self) -> History | None:
         """Of the LM-only control; None until it has been trained."""
         path = self.session.folder / "control" / "metrics.jsonl"
-        return History(path) if path.exists() else None
+        if self._control is None and path.exists():
+            self._control = History(path)
+        return self._control
 
     def train_control(self):
         """The student that the same start, tokens, order and rates give without a teacher.
@@ -215,19 +218,18 @@ class Trainer:
         Returns:
             the trained student.
         """
-        session = Session(self.session.folder / "control", self.session.accelerator, budget=None)
-        session.budget = None if self.session.budget is None else session.elapsed() + self.session.remaining()
         control = Trainer(
             self.initial_student(),
             None,
             self.data,
             [lm_term(1.0)],
-            session=session,
+            session=self.session.within("control"),
             total_steps=self.total_steps,
             settings=self.settings,
             schedule=constant(),
             lr_schedule=self.lr_schedule,
         )
+        self._control = control.history
         control.fit()
         return control.student
 
@@ -256,7 +258,7 @@ class Trainer:
 
     def _train_step(self, batches: list[DistillBatch]) -> None:
         """One optimizer step over all micro-batches, each term divided by its count in all of them."""
-        accelerator = self.session.accelerator
+        accelerator = self.accelerator
         shares = self.schedule.shares({t.name: t.weight for t in self.terms}, self.step / self.total_steps)
         rate = self.settings["learning_rate"] * self.lr_schedule.factor(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -283,7 +285,7 @@ class Trainer:
             self.skipped_steps += 1  # a scaler sees to this itself
         else:
             self.optimizer.step()
-            self.skipped_steps += bool(accelerator.optimizer_step_was_skipped)
+            self.skipped_steps += bool(self.optimizer.step_was_skipped)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         predicted = sum(len(b.rows) for b in batches)
@@ -338,7 +340,15 @@ class Trainer:
         if self.step % self.settings["eval_every"] == 0 or self.step == self.total_steps:
             self.evaluate_now()
         if time.monotonic() - self._last_save >= self.settings["save_minutes"] * 60 and self.step < end:
+            self._save_or_warn()
+
+    def _save_or_warn(self) -> None:
+        """A save in mid-run: a disk that refuses it now may take it later, so the run goes on and says so."""
+        try:
             self.save()
+        except checkpoint.CheckpointError as error:
+            self._last_save = time.monotonic()
+            self.history.append({"kind": "event", "step": self.step, "what": "alarm", "text": f"not saved: {error}"})
 
     def _time_is_over(self) -> bool:
         """Whether another step and the save at the end might not fit into what is left of the session."""
@@ -350,7 +360,7 @@ class Trainer:
         """Everything that the next step depends on, as named tensors and plain JSON."""
         optim, optim_state = flatten_optimizer(self.optimizer.state_dict())
         rng, rng_state = capture_rng()
-        scaler = self.session.accelerator.scaler
+        scaler = self.accelerator.scaler
         groups = {
             "model": self.student.state_dict(),
             "aux": self.module.parts.state_dict(),
@@ -374,8 +384,8 @@ class Trainer:
         self.module.parts.load_state_dict(groups["aux"])
         self.optimizer.load_state_dict(unflatten_optimizer(groups["optim"], state["optimizer"]))
         restore_rng(groups["rng"], state["rng"])
-        if state["scaler"] is not None and self.session.accelerator.scaler is not None:
-            self.session.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.skipped_steps, self.best, self.save_number = (
             state["skipped_steps"],
@@ -411,7 +421,7 @@ class Trainer:
     # --- small helps --------------------------------------------------------------------------------------------
 
     def _score(self, model, side: str = "student") -> float:
-        with self.session.accelerator.autocast():
+        with self.accelerator.autocast():
             return score(model, self.data.held_out, side=side, limit=self.settings["eval_windows"]).bits_per_byte
 
     def _reference_scores(self) -> None:

@@ -182,6 +182,12 @@ def test_nothing_but_safetensors_and_json_is_written(tmp_path):
     assert {path.suffix for path in snapshot(tmp_path)} == {".safetensors", ".json"}
 
 
+def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in save(tmp_path, 1).path.iterdir()} == {mode}
+
+
 @pytest.mark.parametrize(
     "state",
     [{1: 2}, {"a": (1, 2)}, {"a": {1: 2}}, {"a": torch.ones(2)}, {"a": {1, 2}}, {"a": torch.float32}, {"a": b"x"}],

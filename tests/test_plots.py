@@ -9,16 +9,9 @@ import sys
 import pytest
 
 from kd_kit.history import History
-from kd_kit.plots import (
-    Table,
-    decimate,
-    figure_png,
-    loss_figure,
-    loss_table,
-    plain,
-    short,
-    term_styles,
-)
+from kd_kit.drawing import decimate, term_styles
+from kd_kit.plots import figure_png, loss_figure, loss_table
+from kd_kit.table import Table, plain, short
 
 np = pytest.importorskip("numpy")
 

@@ -47,8 +47,8 @@ def start_child(tmp_path):
 
 
 def write_owner(folder: Path, **changes):
-    owner = run_lock._process(os.getpid()) | changes
-    (folder / "LOCK").write_text(json.dumps(owner))
+    """Make this process's parent, which lives, the owner, but for the changes."""
+    (folder / "LOCK").write_text(json.dumps(run_lock._process(os.getppid()) | changes))
 
 
 def test_a_second_living_process_is_refused_in_words(tmp_path, start_child):
@@ -113,10 +113,10 @@ def test_release_does_not_take_the_lock_from_its_new_owner(tmp_path, start_child
     ids=["another boot", "process id used again", "no such process"],
 )
 def test_an_owner_that_cannot_live_any_more_is_replaced(tmp_path, changes):
-    write_owner(tmp_path, pid=os.getppid(), process_start=run_lock._process_start(os.getppid()))
+    write_owner(tmp_path)
     with pytest.raises(RunLocked):
         lock_run(tmp_path)
-    write_owner(tmp_path, **{"pid": os.getppid(), **changes})
+    write_owner(tmp_path, **changes)
     lock_run(tmp_path).release()
 
 
@@ -140,6 +140,22 @@ def test_of_many_that_start_together_one_wins(tmp_path):
     for child in children:
         child.communicate()
     assert sorted(answers) == ["locked", *["refused"] * 5]
+
+
+@pytest.mark.skipif(run_lock.fcntl is None, reason="no kernel locks on this system")
+def test_nobody_else_gets_between_reading_and_writing(tmp_path, monkeypatch):
+    read_owner = run_lock._read_owner
+    tried = []
+
+    def read_while_another_one_tries(descriptor):
+        with open(tmp_path / "LOCK") as other, pytest.raises(BlockingIOError):
+            run_lock.fcntl.flock(other, run_lock.fcntl.LOCK_EX | run_lock.fcntl.LOCK_NB)
+        tried.append(True)
+        return read_owner(descriptor)
+
+    monkeypatch.setattr(run_lock, "_read_owner", read_while_another_one_tries)
+    lock_run(tmp_path).release()
+    assert tried == [True, True]
 
 
 def test_without_proc_a_process_is_asked_by_signal(tmp_path, monkeypatch):

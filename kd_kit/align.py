@@ -63,21 +63,31 @@ def cut_windows(
 
     Every window holds at most ``length`` tokens of either side. A stretch between two common boundaries that is
     longer than a window (one side never ends a token there) fits nowhere and is left out. With ``stride`` smaller
-    than ``length`` the windows overlap: each but the first starts at least ``length - stride`` tokens (of the side
-    that has more of them) before the bytes that it scores, so that these are predicted with context.
+    than ``length`` the windows overlap: each starts at the earliest common boundary that is at most
+    ``length - stride`` tokens (of the side that has more of them) before the bytes that it scores, so that these are
+    predicted with context. Where the next stretch fits only without that context, it goes without.
 
     Shapes:
         student_ends: [n] int64, byte ends of the document's tokens, no document-start token
         teacher_ends: [m] int64
         returns: [W, 3] int64, first byte, first scored byte and end byte of every window; the scored bytes of all
             windows are disjoint and together all bytes that fit
+
+    Raises:
+        ValueError: ``length`` below 1, or a ``stride`` outside 1 .. ``length``.
     """
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ValueError(
+            f"cut_windows: expected 1 <= stride <= length, got stride {stride} and length {length}; "
+            "a longer stride would leave bytes out"
+        )
     alignment = align(student_ends, teacher_ends)
     # token counts on both sides at every common boundary, with the document's start as boundary 0
     s = np.concatenate([[0], alignment.student_boundaries + 1])
     t = np.concatenate([[0], alignment.teacher_boundaries + 1])
     at = np.concatenate([[0], student_ends[alignment.student_boundaries]]).astype(np.int64)
-    context = length - (length if stride is None else stride)
+    context = length - stride
 
     def reach(first: int) -> int:
         """The last boundary that a window starting at boundary ``first`` can hold."""

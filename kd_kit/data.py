@@ -23,11 +23,17 @@ _ENCODE_AT_ONCE = 32  # documents per call of a tokenizer: bounds memory, costs 
 
 @dataclass
 class RowReport:
-    """What became of the rows that were given: counts, and the first few of each refused kind."""
+    """What became of the rows that were given: counts, and the first few of each refused kind.
+
+    Attributes:
+        read: rows looked at. used: those that are in the windows. refused: {reason: row numbers}.
+        kept: row number of every text that was read from them, so that later refusals can name it.
+    """
 
     read: int = 0
     used: int = 0
     refused: dict[str, list[int]] = field(default_factory=dict)
+    kept: list[int] = field(default_factory=list)
 
     def refuse(self, reason: str, row: int) -> None:
         self.refused.setdefault(reason, []).append(row)
@@ -80,6 +86,7 @@ def read_texts(texts: Iterable, *, column: str = "text", maximum: int | None = N
             report.refuse("with half a surrogate pair, which no encoding can hold", row)
         else:
             out.append(value)
+            report.kept.append(row)
     if not out:
         raise ValueError(f"build_data: expected at least one text with something in it, got none: {report!r}")
     return out, report
@@ -112,8 +119,9 @@ class WindowSet(torch.utils.data.Dataset):
         room = window - max(pair.student_vocab.start_id is not None, pair.teacher_vocab.start_id is not None)
         skip = None if stride is None else max(1, min(stride, room))
         for start in range(0, len(texts), _ENCODE_AT_ONCE):
-            batch = [pair.normalise(t) for t in texts[start : start + _ENCODE_AT_ONCE]]
-            for row, both in enumerate(pair.encode(batch), start=start):
+            several = slice(start, start + _ENCODE_AT_ONCE)
+            batch = [pair.normalise(t) for t in texts[several]]
+            for row, both in zip(report.kept[several], pair.encode(batch), strict=True):
                 if both is None:
                     report.refuse("not given back byte for byte by one of the tokenizers", row)
                     continue
@@ -353,8 +361,11 @@ def build_data(
             )
         count = min(max(1, round(held_out * len(documents))), len(documents) - 1)
         apart = set(np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))[:count].tolist())
-        held_texts, held_report = [documents[i] for i in sorted(apart)], RowReport(read=count)
+        held_texts = [documents[i] for i in sorted(apart)]
+        held_report = RowReport(read=count, kept=[report.kept[i] for i in sorted(apart)])
         documents = [d for i, d in enumerate(documents) if i not in apart]
+        report.kept = [row for i, row in enumerate(report.kept) if i not in apart]
+        report.read -= count
     else:
         held_texts, held_report = read_texts(held_out, column=column)
     train = WindowSet(documents, tokenizers, window=window, stride=None, report=report)

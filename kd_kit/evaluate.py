@@ -42,7 +42,10 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Per token of the model's own tokenizer: not comparable across tokenizers."""
-        return math.exp(self.nats / self.tokens)
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:  # beyond 709 nats per token; never a cap that looks like a measurement
+            return math.inf
 
     def __repr__(self) -> str:
         return f"Score({self.bits_per_byte:.4f} bits per byte over {self.bytes:,} bytes, {self.tokens:,} tokens)"
@@ -161,15 +164,17 @@ class Report:
     Attributes:
         rows: {name: {"bits_per_byte", "perplexity", "top1", "top5", "kl", "parameters"}}; None where it has no meaning.
         bytes: held-out bytes that every likelihood runs over. step: optimizer steps of the distilled student.
+        control_step: of the control, None without one. It may differ where one of the two was stopped early.
     """
 
     rows: dict[str, dict[str, float | None]]
     bytes: int
     step: int
+    control_step: int | None = None
 
     @property
     def gain(self) -> float | None:
-        """Bits per byte that distillation saves against the LM-only control at equal tokens; None without control."""
+        """Bits per byte that distillation saves against the LM-only control; None without control."""
         if "LM-only control" not in self.rows:
             return None
         return self.rows["LM-only control"]["bits_per_byte"] - self.rows["distilled"]["bits_per_byte"]
@@ -188,9 +193,12 @@ class Report:
         ]
         if self.gain is not None:
             word = "below" if self.gain > 0 else "above"
+            tokens = "on the same tokens"
+            if self.control_step != self.step:
+                tokens = f"for {self.control_step or 0:,} steps: these are not the same tokens, so finish both first"
             out.append(
                 f"It lies {abs(self.gain):.3f} bits per byte {word} the same student trained without a teacher "
-                "on the same tokens."
+                f"{tokens}."
             )
         before, best = self.rows["before"]["bits_per_byte"], self.rows["teacher"]["bits_per_byte"]
         if best >= before:
@@ -241,10 +249,12 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
     """
     if trainer.teacher is None:
         raise ValueError("evaluate: expected a trainer with a teacher, got one without; use score(model, windows)")
+    trainer.resume()  # in a new session the cell that trains may have been left out
     windows, device = trainer.data.held_out, trainer.session.device
-    students = {"before": trainer.initial_student()}
+    students, control_step = {"before": trainer.initial_student()}, None
     if control:
         students["LM-only control"] = trainer.train_control()
+        control_step = (trainer.control_history.last("train") or {"step": 0})["step"]
     students["distilled"] = trainer.student
     rows = {}
     with trainer.accelerator.autocast():
@@ -255,7 +265,7 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
             rows[name] = _row(likelihood, model, agree)
         best = score(trainer.teacher.model, windows, side="teacher", limit=limit)
         rows["teacher"] = _row(best, trainer.teacher.model, None)
-    report = Report(rows, best.bytes, trainer.step)
+    report = Report(rows, best.bytes, trainer.step, control_step)
     (trainer.session.folder / "report.json").write_text(report.to_json())
     return report
 

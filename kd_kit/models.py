@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from kd_kit import offline
 from kd_kit.head import body_of, head_of
@@ -50,7 +51,7 @@ def _from_pretrained(loader, name: str | os.PathLike, where: str, **arguments):
     try:
         with _no_progress_bars():
             return loader.from_pretrained(located, **extra, **arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         hint = (
             "check the folder"
             if Path(located).is_dir()
@@ -58,7 +59,7 @@ def _from_pretrained(loader, name: str | os.PathLike, where: str, **arguments):
         )
         raise ValueError(
             f"{where}: expected a model that transformers can load, got {os.fspath(name)!r} "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); {hint}"
+            f"({type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}); {hint}"
         ) from error
 
 
@@ -160,8 +161,8 @@ def build_student(
     if from_scratch:
         config = _from_pretrained(AutoConfig, name, "build_student")
         config.dtype = torch.float32
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the states of GPUs are not touched
+            torch.default_generator.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config)
     else:
         extra = _gguf_arguments() if os.fspath(name).endswith(".gguf") else {}

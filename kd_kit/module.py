@@ -59,12 +59,11 @@ class DistillModule(nn.Module):
             return {}
         hidden = output.hidden.flatten(0, 1)[batch.rows]
         targets = batch.targets.flatten()[batch.rows]
+        aligned = batch.aligned.flatten()[batch.rows]
         cells = {}
-        has_teacher = None
         if signal is not None:
             # the signal has a row per aligned position, the head a row per target: spread one over the other
-            has_teacher = batch.aligned.flatten()[batch.rows]
-            place = torch.cumsum(has_teacher, 0) - 1
+            place = torch.cumsum(aligned, 0) - 1
             place = place.clamp(min=0, max=max(len(signal.tail) - 1, 0))
             if len(signal.tail):
                 ids = signal.ids[place]
@@ -74,11 +73,11 @@ class DistillModule(nn.Module):
                 ids = torch.arange(k, device=hidden.device).expand(len(hidden), k)
                 known = hidden.new_full((len(hidden), k + 1), -torch.inf, dtype=torch.float32)
                 known[:, -1] = 0.0
-            cells = {"cell_ids": ids, "teacher_cells": known, "has_teacher": has_teacher}
+            cells = {"cell_ids": ids, "teacher_cells": known, "has_teacher": aligned}
         values = head_losses(hidden, output.head, losses, targets=targets, **cells)
         out = {}
         for term in self.terms:
             if term.rows is not None:
-                mask = has_teacher if term.over == "aligned" else None
+                mask = aligned if term.over == "aligned" else None
                 out[term.name] = masked_sum(values[term.name], mask)
         return out

@@ -69,6 +69,8 @@ def pair_tokenizers(teacher, student, *, teacher_name: str, student_name: str) -
     for vocab in (teacher_vocab, student_vocab):
         for token in vocab.tokens:
             print_of.update(len(token).to_bytes(4, "little") + token)
-        print_of.update(repr((sorted(vocab.special), vocab.start_id, vocab.end_id, vocab.forms)).encode())
+        print_of.update(
+            repr((sorted(vocab.special), vocab.start_id, vocab.end_id, vocab.forms, sorted(vocab.unused))).encode()
+        )
     bridge = build_bridge(teacher_vocab, student_vocab)
     return TokenizerPair(teacher, student, teacher_vocab, student_vocab, bridge, print_of.hexdigest())

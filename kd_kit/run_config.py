@@ -49,7 +49,7 @@ def check_run(folder: Path, config: dict) -> str | None:
         return None
     try:
         stored = json.loads(path.read_text())
-        before, run_id = stored["config"], stored["run_id"]
+        before, run_id = dict(stored["config"]), stored["run_id"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"build_trainer: expected a RUN.json that can be read, got {str(path)!r} ({error}); "

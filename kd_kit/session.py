@@ -156,7 +156,7 @@ def build_session(
     Raises:
         ValueError: hours that are not positive, an unknown precision, or a folder that cannot be written.
     """
-    if hours is not None and hours <= 0:
+    if hours is not None and not hours > 0:
         raise ValueError(f"build_session: expected hours above 0, got {hours}")
     if hours is None and on_kaggle():
         hours = KAGGLE_HOURS

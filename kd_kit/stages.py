@@ -79,10 +79,11 @@ class Schedule:
             full = max(f for _, f in line)
             if _value(line, 0.5) < 0.5 * full or full == 0:
                 raise ValueError(
-                    f"Schedule {self.name!r}: expected at least half of {term!r}'s full factor {full:g} at 50% "
+                    f"Schedule {self.name!r}: expected at least half of the full factor {full:g} of {term!r} at 50% "
                     f"progress, got {_value(line, 0.5):g}; let it rise earlier"
                 )
-        for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
+        # between two points lines are straight, so a moment without any term would be at a point
+        for progress in {0.0, 1.0}.union(p for line in self.lines.values() for p, _ in line):
             self.shares(weights, progress)
 
 

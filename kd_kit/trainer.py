@@ -113,7 +113,7 @@ class Trainer:
         self.stop_reason = None
         end = self.total_steps if steps is None else min(self.total_steps, self.step + steps)
         if self.step >= end:
-            self.stop_reason = "finished"
+            self.stop_reason = "finished" if self.step >= self.total_steps else "paused"
             return self.stop_reason
         self._reference_scores()
         self.module.train()
@@ -149,13 +149,15 @@ class Trainer:
         if refusals:
             print(checkpoint.refusal_table(refusals))
         if info is None:
+            # the start that the folder holds, whatever an earlier cell or session did to this student
+            _load_start(self.student, self.session.folder)
             self.history.rewind(-1)
-            if not self.history.terms:
-                self.history.append(self._run_record())
+            self._record_run()
             return False
         groups, state = checkpoint.load_checkpoint(info)
         self._load(groups, state)
         self.history.rewind(self.step)
+        self._record_run()
         text = f"from {info.path.name}, {self.seconds:.0f} s of training so far"
         self.history.append({"kind": "event", "step": self.step, "what": "resumed", "text": text})
         return True
@@ -197,8 +199,7 @@ class Trainer:
     def initial_student(self):
         """A copy of the student as it was before its first step."""
         student = copy.deepcopy(self.student)
-        student.load_state_dict(load_file(self.session.folder / "initial.safetensors"), strict=False)
-        student.tie_weights()
+        _load_start(student, self.session.folder)
         return student
 
     @property
@@ -268,6 +269,7 @@ class Trainer:
             [shares[t.name] / c if c else 0.0 for t, c in zip(self.terms, counts, strict=True)],
             device=self.session.device,
         )
+        self.optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
         sums = torch.zeros(len(self.terms), device=self.session.device)
         tail = torch.zeros((), device=self.session.device)
         started = time.monotonic()
@@ -382,7 +384,10 @@ class Trainer:
     def _load(self, groups: dict, state: dict) -> None:
         self.student.load_state_dict(groups["model"])
         self.module.parts.load_state_dict(groups["aux"])
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(unflatten_optimizer(groups["optim"], state["optimizer"]))
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # a setting of this session, not a state
         restore_rng(groups["rng"], state["rng"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -412,11 +417,16 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(_untied(self.student), folder / "initial.safetensors")
             text = json.dumps({"run_id": self.run_id, "config": config}, indent=1)
-            (folder / "RUN.json").write_text(text)
+            beside = folder / "RUN.json.tmp"
+            beside.write_text(text)
+            beside.replace(folder / "RUN.json")  # whole or not there
 
-    def _run_record(self) -> dict:
+    def _record_run(self) -> None:
+        """The run's plan in its history: once, and again when a later session changed it."""
         terms = {t.name: t.meta for t in self.terms}
-        return {"kind": "run", "run_id": self.run_id, "total_steps": self.total_steps, "terms": terms}
+        record = {"kind": "run", "run_id": self.run_id, "total_steps": self.total_steps, "terms": terms}
+        if self.history.last("run") != record:
+            self.history.append(record)
 
     # --- small helps --------------------------------------------------------------------------------------------
 
@@ -435,6 +445,12 @@ class Trainer:
     def _tell(self, hook: str) -> None:
         for callback in self.callbacks:
             getattr(callback, hook, lambda trainer: None)(self)
+
+
+def _load_start(model, folder: Path) -> None:
+    """Give a student the weights that it had before the first step of the run in ``folder``."""
+    model.load_state_dict(load_file(folder / "initial.safetensors"), strict=False)
+    model.tie_weights()
 
 
 def _untied(model) -> dict[str, torch.Tensor]:
@@ -498,7 +514,7 @@ def build_trainer(
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"build_trainer: expected {name} of at least 1, got {value}")
-    if learning_rate <= 0:
+    if not 0 < learning_rate < math.inf:
         raise ValueError(f"build_trainer: expected a learning_rate above 0, got {learning_rate}")
     total = steps if steps is not None else round(epochs * data.batches_per_epoch / accumulation)
     if total < 1:

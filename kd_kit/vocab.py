@@ -45,6 +45,8 @@ class Vocabulary:
         start_id: the token put before every window (bos, or else the end-of-document token), None if there is none.
         end_id: end of document. pad_id: any id to fill rows with; it is never read.
         forms: Unicode normal forms that the tokenizer applies to its input, in order.
+        unused: ids whose bytes another id has too, and that text therefore never uses: the ``<0x41>`` of a
+            vocabulary that also has ``A``.
         lengths: [size] int64, bytes of every id.
     """
 
@@ -55,6 +57,7 @@ class Vocabulary:
     end_id: int | None
     pad_id: int
     forms: tuple[str, ...] = ()
+    unused: frozenset[int] = frozenset()
     lengths: np.ndarray = field(init=False)
 
     def __post_init__(self):
@@ -126,6 +129,7 @@ def read_vocabulary(tokenizer, name: str) -> Vocabulary:
     alphabet = byte_alphabet()
     byte_level = "ByteLevel" in kinds
     tokens = [b""] * size
+    fallback = set()
     for token, i in spellings.items():
         if i in added:
             tokens[i] = added[i]["content"].encode()
@@ -134,6 +138,8 @@ def read_vocabulary(tokenizer, name: str) -> Vocabulary:
         else:
             match = _BYTE_TOKEN.match(token)
             tokens[i] = bytes([int(match[1], 16)]) if match else token.replace(_META_SPACE, " ").encode()
+            if match:
+                fallback.add(i)
     special = {i for i, t in added.items() if t.get("special")} | set(tokenizer.all_special_ids)
     end = tokenizer.eos_token_id
     start = tokenizer.bos_token_id
@@ -141,7 +147,15 @@ def read_vocabulary(tokenizer, name: str) -> Vocabulary:
         # Models without a bos (Qwen) saw their pad / end-of-document token between documents.
         start = tokenizer.pad_token_id if tokenizer.pad_token_id in special else end
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end if end is not None else 0)
-    vocabulary = Vocabulary(name, tuple(tokens), frozenset(special), start, end, int(pad), tuple(forms))
+    # added tokens are cut out of a text before anything else, byte tokens are the last resort
+    first: dict[bytes, int] = {}
+    for i in sorted(range(size), key=lambda i: (i not in added, i in fallback, i)):
+        if i not in special:
+            first.setdefault(tokens[i], i)
+    unused = {i for i in range(size) if tokens[i] and i not in special and first[tokens[i]] != i}
+    vocabulary = Vocabulary(
+        name, tuple(tokens), frozenset(special), start, end, int(pad), tuple(forms), frozenset(unused)
+    )
     _prove(vocabulary, tokenizer)
     return vocabulary
 
@@ -244,18 +258,22 @@ def special_map(teacher: Vocabulary, student: Vocabulary) -> dict[int, int]:
 
 
 def build_bridge(teacher: Vocabulary, student: Vocabulary, specials: dict[int, int] | None = None) -> Bridge:
-    """The byte-prefix table between two vocabularies.
+    """The byte-prefix table between two vocabularies; between two equal ones the identity.
 
     Args:
         specials: teacher id -> student id for special tokens; :func:`special_map` when not given.
 
     Source: the aligned-position case of byte-prefix marginalisation, https://arxiv.org/abs/2607.22334
     """
+    if specials is None and (teacher.tokens, teacher.special) == (student.tokens, student.special):
+        real = torch.from_numpy(teacher.lengths > 0)
+        ids = torch.arange(student.size)
+        return Bridge(torch.where(real, ids, student.size), student.size, int(real.sum()))
     specials = special_map(teacher, student) if specials is None else specials
     home: dict[bytes, int] = {}
     for i, token in enumerate(student.tokens):
-        if token and i not in student.special:
-            home.setdefault(token, i)  # of two ids with the same bytes the first is the one that text uses
+        if token and i not in student.special and i not in student.unused:
+            home.setdefault(token, i)
     table = np.full(teacher.size, student.size, dtype=np.int64)
     shared = 0
     for t, token in enumerate(teacher.tokens):

@@ -29,9 +29,7 @@ def shrunk(name: str, folder: Path, replacements: dict[str, str]) -> Path:
 
 
 def outputs(notebook, kind: str) -> list:
-    return [
-        o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if kind in o.get("data", {})
-    ]
+    return [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if kind in o.get("data", {})]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Lower than any logit, yet finite: where all mass sits in the kept cells the tail's log-sum-exp stays a number.
 _OUT = -1e30
+# What float32 leaves of a tail that holds nothing, on either side: log(0) there would make every divergence infinite.
+_EMPTY_TAIL = 1e-7
 
 
 def top_k_cells(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +35,7 @@ def top_k_cells(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     kept, ids = probs[:, :-1].topk(k, dim=-1)
     # log(0) = -inf marks an unused cell; 1 - sum would lose a small tail to rounding, the sum of the rest would cost
     # another pass: the clamp keeps a tail that is rounded to nothing at the size of that rounding.
-    tail = (1 - kept.sum(-1)).clamp(min=1e-7).log()
+    tail = (1 - kept.sum(-1)).clamp(min=_EMPTY_TAIL).log()
     return ids, kept.log(), tail
 
 
@@ -64,6 +66,9 @@ def student_cells(logits: Tensor, ids: Tensor, used: Tensor | None = None) -> tu
         cells = cells.masked_fill(~used, _OUT)
         outside = logits.scatter(-1, ids, torch.where(used, _OUT, logits.gather(-1, ids)))
     tail = outside.logsumexp(-1, keepdim=True)
+    if ids.shape[-1] == logits.shape[-1]:  # K = V: where every cell is used, nothing is left for the tail
+        nothing = cells.logsumexp(-1, keepdim=True) + math.log(_EMPTY_TAIL)
+        tail = nothing if used is None else torch.where(used.all(-1, keepdim=True), nothing, tail)
     every = torch.cat([cells, tail], dim=-1)
     log_z = every.logsumexp(-1)
     log_probs = every - log_z.unsqueeze(-1)

@@ -1,13 +1,11 @@
-"""``python -m kd_kit.offline build``: makes every file under ``assets`` again, the training of the teacher included.
+"""``python -m kd_kit.offline build``: makes every file under ``assets`` again, the trained teacher included.
 
-Fetch, unpack, cut, train, write down. One thread is enough and on a shared machine faster than two; the whole takes
-about three quarters of an hour, nearly all of it training.
+Fetch, unpack, cut, train, write down: about half an hour on one CPU thread, nearly all of it training.
 """
 
 import argparse
 import bz2
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from kd_kit.offline import ASSETS, CHAPTER_BREAK, PARTS
 from kd_kit.offline.austen import novels
 from kd_kit.offline.cut import prefix_cut
 from kd_kit.offline.fetch import AUSTEN, QWEN3, SMOLLM2, source_file
-from kd_kit.offline.pair import student_config, teacher_config
 from kd_kit.offline.provenance import provenance
+from kd_kit.offline.shapes import student_config, teacher_config
 
 START = "<|endoftext|>"
 QWEN3_ENTRIES, QWEN3_SPECIALS = 4064, (START, "<|im_start|>", "<|im_end|>")
@@ -26,12 +24,12 @@ STEPS = 8000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kd_kit.offline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kd_kit.offline")
     verbs = parser.add_subparsers(required=True, metavar="build")
     verb = verbs.add_parser("build", help="make the embedded assets again")
-    verb.add_argument("--work", type=Path, default=Path("build/offline"), help="package files, fetched or found")
+    verb.add_argument("--work", type=Path, default=Path("build/offline"), help="folder of the package files")
     verb.add_argument("--out", type=Path, default=ASSETS, help="the assets folder to write")
-    verb.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of the teacher (default %(default)s)")
+    verb.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of the teacher")
     arguments = parser.parse_args()
     build(arguments.work.resolve(), arguments.out.resolve(), arguments.steps)
 
@@ -42,21 +40,22 @@ def build(work: Path, out: Path, steps: int) -> None:
     write_corpus(texts, out / "corpus")
     print(f"corpus: {sum(map(len, texts.values()))} chapters", flush=True)
 
-    write_tokenizer(qwen3_cut(source_file(QWEN3, work)), out / "teacher", eos_token=START, pad_token=START)
-    write_tokenizer(
-        smollm2_cut(source_file(SMOLLM2, work)), out / "student", bos_token=START, eos_token=START, unk_token=START
-    )
+    cut = qwen3_cut(source_file(QWEN3, work))
+    write_tokenizer(cut, out / "teacher", eos_token=START, pad_token=START)
+    cut = smollm2_cut(source_file(SMOLLM2, work))
+    write_tokenizer(cut, out / "student", bos_token=START, eos_token=START, unk_token=START)
     student_config(vocabulary=SMOLLM2_ENTRIES).save_pretrained(out / "student")
     print("tokenizers: written", flush=True)
 
-    figures = train_teacher([text for novel in PARTS["teacher"] for text in texts[novel]], out / "teacher", steps)
+    lessons = [text for novel in PARTS["teacher"] for text in texts[novel]]
+    figures = train_teacher(lessons, out / "teacher", steps)
     figures |= measure(texts, out)
     (out / "PROVENANCE.md").write_text(provenance(out, steps=steps, figures=figures), encoding="utf-8")
     print(json.dumps(figures, indent=1), flush=True)
 
 
 def write_corpus(texts: dict[str, list[str]], folder: Path) -> None:
-    """One bzip2 file per novel: on these texts 15% smaller than xz, and the same bytes on every machine."""
+    """One bzip2 file per novel: on these texts a seventh smaller than xz."""
     folder.mkdir(parents=True, exist_ok=True)
     for novel, chapters in texts.items():
         (folder / f"{novel}.txt.bz2").write_bytes(bz2.compress(CHAPTER_BREAK.join(chapters).encode("utf-8")))
@@ -69,16 +68,17 @@ def qwen3_cut(source: Path) -> dict:
 
 
 def smollm2_cut(source: Path) -> dict:
-    """The student's tokenizer: 17 specials, 235 bytes, 1,796 merges, and the digit splitting that GGUF cannot say.
+    """The student's tokenizer: 17 specials, 235 bytes, 1,796 merges, and the splitting of digits.
 
-    A GGUF file only names its pre-tokenizer ("smollm"), and transformers reads every name as plain byte level. The
-    model's own tokenizer splits digits first, so that is put back.
+    A GGUF file only names its pre-tokenizer ("smollm"), and transformers reads every name as plain byte
+    level. The model's own tokenizer splits digits first, so that is put back.
     """
     from transformers import AutoTokenizer
 
     reader = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     full = json.loads(reader.backend_tokenizer.to_str())
-    cut = prefix_cut(full, entries=SMOLLM2_ENTRIES, specials=[token["content"] for token in full["added_tokens"]])
+    specials = [token["content"] for token in full["added_tokens"]]
+    cut = prefix_cut(full, entries=SMOLLM2_ENTRIES, specials=specials)
     digits = {"type": "Digits", "individual_digits": True}
     cut["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, full["pre_tokenizer"]]}
     cut["post_processor"] = None  # the reader's template adds no token
@@ -116,9 +116,18 @@ def train_teacher(texts: list[str], folder: Path, steps: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
         model.to(torch.float16).save_pretrained(fresh)
+        state_both_names(Path(fresh) / "config.json", "num_experts", "num_local_experts")
         for path in sorted(Path(fresh).iterdir()):
-            shutil.move(path, folder / path.name)  # a rename: whoever reads meanwhile sees the old file or the new
+            path.chmod(0o644)  # safetensors writes for the owner only
+            path.replace(folder / path.name)  # whoever reads meanwhile sees the old file or the new
     return {"parameters": model.num_parameters(), "training tokens": len(stream)}
+
+
+def state_both_names(path: Path, old: str, new: str) -> None:
+    """State a setting under its name in transformers 4 too: version 5 reads both but writes only ``new``."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config[old] = config[new]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def measure(texts: dict[str, list[str]], out: Path) -> dict[str, float]:
@@ -140,7 +149,8 @@ def measure(texts: dict[str, list[str]], out: Path) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
     start = tokenizer.convert_tokens_to_ids(START)
     for title, part in (("Persuasion (held out)", held_out), ("Sense and Sensibility (trained on)", known)):
-        figures[f"teacher: bits per byte, {title}"] = round(bits_per_byte(model, tokenizer, part, start=start), 4)
+        bits = bits_per_byte(model, tokenizer, part, start=start)
+        figures[f"teacher: bits per byte, {title}"] = round(bits, 4)
     return figures
 
 

@@ -1,8 +1,8 @@
 """Jane Austen's six novels, from the R data base that carries them to chapters of unwrapped paragraphs.
 
 The Debian package ``r-cran-janeaustenr`` holds the Project Gutenberg plain texts as R character vectors, one
-string per printed line. No R is needed: the data base is a row of zlib blocks, each an R serialisation, and of
-that format a character vector is the only part read here.
+string per printed line. No R is needed: the data base is a row of zlib blocks, each an R serialisation, and
+of that format a character vector is the only part read here.
 
 Source: R Internals, section 1.8 "Serialization Formats", https://cran.r-project.org/doc/manuals/R-ints.html
 """
@@ -91,14 +91,16 @@ def character_vector(serialised: bytes) -> list[str]:
         )
     version, _, _, encoding_length = struct.unpack_from(">4I", serialised, 2)
     if version != 3:
-        raise ValueError(f"character_vector: expected version 3, got {version}; save the vector with R >= 3.5")
+        raise ValueError(
+            f"character_vector: expected version 3, got {version}; save the vector with R >= 3.5"
+        )
     at = 18 + encoding_length  # the native encoding's name: every string below states its own
     flags, count = struct.unpack_from(">2I", serialised, at)
     at += 8
     if flags != CHARACTER_VECTOR:  # type in the low byte; any bit above it is an attribute, class or tag
         raise ValueError(
-            f"character_vector: expected a plain character vector (flags {CHARACTER_VECTOR}), got flags {flags}; "
-            "other R objects are not read here"
+            f"character_vector: expected a plain character vector (flags {CHARACTER_VECTOR}), got flags "
+            f"{flags}; other R objects are not read here"
         )
     strings = []
     for index in range(count):
@@ -134,8 +136,9 @@ def chapters(lines: Sequence[str]) -> list[str]:
 def unwrap(lines: Sequence[str]) -> str:
     """Printed lines as one line per paragraph, a blank line between paragraphs.
 
-    Left out with the line ends is what tells the typist from the author: two of the novels were typed with two
-    spaces after a full stop (here: one), and rows of stars and notes of the edition stand between paragraphs.
+    Left out with the line ends is what tells the typist from the author: two of the novels were typed with
+    two spaces after a full stop (here: one), and rows of stars and notes of the edition stand between
+    paragraphs.
     """
     paragraphs = "\n".join(line.strip() for line in lines).split("\n\n")
     joined = [" ".join(paragraph.split()) for paragraph in paragraphs]

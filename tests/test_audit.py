@@ -1,0 +1,111 @@
+"""kd_kit/audit.py: shares by a naive loop, and a recommendation with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import pages, pair, small_data, teacher
+
+from kd_kit import audit, build_data, build_tokenizers
+from kd_kit.audit import Audit
+from kd_kit.types import IGNORE
+
+
+@pytest.fixture(scope="module")
+def one_window():
+    data = build_data([pages()[1][:90]], pair(), held_out=[pages()[0]], window=40, batch_size=1)
+    assert len(data.train) == 1
+    return data
+
+
+def naive(data):
+    """(positions, aligned, same, bridged, probabilities at the aligned positions) of the only window, by bytes."""
+    batch = data.train.collate([0])
+    student, other = pair().student_vocab, pair().teacher_vocab
+    ours, theirs = batch.student_ids[0].tolist(), batch.teacher_ids[0].tolist()
+    with torch.no_grad():
+        logits = teacher()(input_ids=batch.teacher_ids).logits[0, :, : other.size].float()
+    positions = aligned = same = bridged = 0
+    rows = []
+    for i in range(len(ours) - 1):
+        positions += 1
+        read = student.bytes_of(ours[1 : i + 1])
+        for j in range(len(theirs) - 1):
+            if other.bytes_of(theirs[1 : j + 1]) == read:
+                aligned += 1
+                rows.append(torch.softmax(logits[j], -1))
+                ours_next, theirs_next = student.tokens[ours[i + 1]], other.tokens[theirs[j + 1]]
+                same += ours_next == theirs_next
+                home = max((t for t in student.tokens if t and theirs_next.startswith(t)), key=len, default=None)
+                bridged += home == ours_next
+    return positions, aligned, same, bridged, torch.stack(rows)
+
+
+def test_shares_are_those_of_a_naive_loop(one_window):
+    positions, aligned, same, bridged, probs = naive(one_window)
+    assert 0 < same < bridged <= aligned < positions
+    found = audit(pair(), one_window, teacher())
+    assert found.positions == positions
+    assert found.aligned == pytest.approx(aligned / positions)
+    assert found.same_next == pytest.approx(same / aligned)
+    assert found.bridged_next == pytest.approx(bridged / aligned)
+    projected = pair().bridge.project(probs)
+    assert found.homed_mass == pytest.approx(float(projected[:, :-1].sum(-1).mean()), abs=1e-5)
+    assert list(found.kept_mass) == [8, 16, 32, 64, 128]
+    for k, mass in found.kept_mass.items():
+        assert mass == pytest.approx(float(projected[:, :-1].topk(k, -1).values.sum(-1).mean()), abs=1e-5)
+    assert list(found.kept_mass.values()) == sorted(found.kept_mass.values())
+    assert found.padded_rows == teacher().config.vocab_size - pair().teacher_vocab.size == 29
+    assert found.shared_tokens == pair().bridge.shared
+    assert found.homeless_tokens == int((pair().bridge.table == pair().bridge.student_size).sum())
+
+
+def test_without_a_teacher_there_are_no_masses():
+    found = audit(pair(), small_data())
+    assert found.padded_rows is found.homed_mass is found.kept_mass is None
+    assert 0.5 < found.aligned < 1
+    assert 0 < found.same_next <= found.bridged_next <= 1
+
+
+def test_the_same_tokenizer_twice_is_the_identity():
+    same = build_tokenizers(pair().teacher, pair().teacher)
+    found = audit(same, build_data(pages(3), same, held_out=0.4, window=32))
+    assert (found.aligned, found.same_next, found.bridged_next) == (1, 1, 1)
+    assert found.recommendation.startswith("kd_term(): both tokenizers cut this text alike")
+
+
+def test_the_recommendation_gives_its_reason():
+    found = audit(pair(), small_data())
+    assert found.recommendation.startswith("kd_term(): ")
+    for figure in (f"{found.aligned:.0%}", f"{found.bridged_next:.1%}", f"{found.aligned * found.bridged_next:.0%}"):
+        assert figure in found.recommendation
+    poor = dataclasses.replace(found, aligned=0.4, bridged_next=0.9)
+    assert "doubtful outlook" in poor.recommendation
+    assert "40%" in poor.recommendation
+    assert "only 36%" in poor.recommendation
+
+
+def test_data_of_another_pair_are_refused():
+    other = build_tokenizers(pair().student, pair().teacher)
+    with pytest.raises(ValueError, match=r"^audit: expected data made with these tokenizers, got data of another pair"):
+        audit(other, small_data())
+    assert audit(build_tokenizers(), small_data()).positions > 0, "the same pair, loaded again, is the same"
+
+
+def test_it_prints_and_becomes_a_dict():
+    found = audit(pair(), small_data(), teacher())
+    for said in (repr(found), found._repr_html_()):
+        assert "aligned: both stand at one byte" in said
+        assert f"{found.aligned:.1%}" in said
+        assert "kd_term()" in said
+    assert found.to_dict()["recommendation"] == found.recommendation
+    assert Audit(**{k: v for k, v in found.to_dict().items() if k != "recommendation"}) == found
+
+
+def test_a_half_precision_teacher_weighs_nearly_the_same():
+    half, full = audit(pair(), small_data(), teacher(torch.float16)), audit(pair(), small_data(), teacher())
+    assert half.homed_mass == pytest.approx(full.homed_mass, abs=1e-2)
+    assert half.aligned == full.aligned
+    assert small_data().train.collate([0]).targets[0, -1] == IGNORE

@@ -1,0 +1,412 @@
+"""kd_kit/data.py: windows, batches, and what becomes of bad input."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import pages, pair, small_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_kit import build_data
+from kd_kit.data import read_texts
+from kd_kit.types import IGNORE
+
+WINDOW = 32
+
+
+def build(texts, **arguments):
+    return build_data(texts, pair(), **({"held_out": [pages()[0]], "window": WINDOW, "batch_size": 2} | arguments))
+
+
+def spelled(vocab, ids) -> bytes:
+    """The bytes of a row of ids, the document-start token left out."""
+    return vocab.bytes_of(ids[1:] if ids[0] == vocab.start_id else ids)
+
+
+def undecodable() -> str:
+    """A character with a byte that the student's tokenizer has no symbol for."""
+    symbols = {t for t in pair().student_vocab.tokens if len(t) == 1}
+    known = {t[0] for t in symbols}
+    for code in (0xE0000, 0x10FFFF, 0x40000, 0xA0000, *range(0x10000, 0x11000)):
+        if any(byte not in known for byte in chr(code).encode()):
+            return chr(code)
+    raise AssertionError("every byte is known")
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_window_decodes_to_its_text_on_both_sides():
+    data = small_data()
+    for windows in (data.train, data.held_out):
+        for index in range(len(windows)):
+            batch = windows.collate([index])
+            text = windows.text(index)
+            assert text
+            assert spelled(pair().student_vocab, batch.student_ids[0].tolist()) == text.encode()
+            assert spelled(pair().teacher_vocab, batch.teacher_ids[0].tolist()) == text.encode()
+            assert batch.student_ids.shape[1] <= WINDOW
+            assert batch.teacher_ids.shape[1] <= WINDOW
+
+
+def test_training_windows_are_the_documents_one_after_the_other():
+    texts = pages()
+    data = build(texts)
+    whole = ["" for _ in texts]
+    for index, (document, *_) in enumerate(data.train.table):
+        whole[document] += data.train.text(index)
+    assert whole == texts
+
+
+@pytest.mark.parametrize("stride", [None, 1, 5, 16, 31, 32, 1000])
+def test_scored_bytes_of_the_held_out_windows_are_the_bytes_of_the_documents(stride):
+    held_out = [
+        "Anne hoped she had outlived the age of blushing. " * 6,
+        "Été à Besançon: 12,345 — naïve… ☕",
+        pages()[3],
+    ]
+    data = build(pages(2), held_out=held_out, stride=stride)
+    size = sum(len(t.encode()) for t in held_out)
+    assert data.held_out.scored_bytes == size
+    batches = list(data.held_out.in_order(3))
+    assert sum(int(b.target_bytes.sum()) for b in batches) == size
+    teacher_bytes = 0
+    for batch in batches:
+        for target in batch.teacher_targets[batch.teacher_targets != IGNORE].tolist():
+            teacher_bytes += len(pair().teacher_vocab.tokens[target])
+    assert teacher_bytes == size
+
+
+def test_with_a_stride_every_byte_is_scored_once_and_has_context():
+    """Marks every byte that some window charges; a byte charged twice, or never, would show."""
+    texts = pages(3)
+    data = build(pages(2), held_out=texts, stride=8)
+    vocab = pair().student_vocab
+    charged = [np.zeros(len(t.encode()), int) for t in texts]
+    for batch in data.held_out.in_order(4):
+        for row, sample in enumerate(batch.sample.tolist()):
+            document, first, _, _ = data.held_out.table[sample]
+            at = int(first)
+            for position, token in enumerate(batch.student_ids[row].tolist()):
+                target = int(batch.targets[row, position])
+                at += 0 if token == vocab.start_id else len(vocab.tokens[token])
+                if target != IGNORE:
+                    charged[document][at : at + len(vocab.tokens[target])] += 1
+                    assert position > 0 or first == 0 or data.held_out.table[sample, 2] == first
+    for marks in charged:
+        assert (marks == 1).all()
+    overlapping = data.held_out.table[:, 2] > data.held_out.table[:, 1]
+    assert overlapping[1:].any(), "a stride of a quarter window must give context"
+
+
+def test_targets_are_the_next_token_and_padding_has_none():
+    data = build(["Short one.", *pages(3)], batch_size=5)
+    vocabs = pair().student_vocab, pair().teacher_vocab
+    padded = 0
+    for position in range(data.batches_per_epoch):
+        batch = next(data.batches(0, [position]))
+        for row, sample in enumerate(batch.sample.tolist()):
+            alone = data.train.collate([sample])
+            sides = (
+                (alone.student_ids, alone.targets, batch.student_ids, batch.targets),
+                (alone.teacher_ids, alone.teacher_targets, batch.teacher_ids, batch.teacher_targets),
+            )
+            for (ids, targets, padded_ids, padded_targets), vocab in zip(sides, vocabs, strict=True):
+                length = ids.shape[1]
+                assert ids[0, 0] == vocab.start_id
+                for i in range(length - 1):  # the naive loop: without context every position predicts the next token
+                    assert targets[0, i] == ids[0, i + 1]
+                assert targets[0, length - 1] == IGNORE
+                assert torch.equal(padded_ids[row, :length], ids[0])
+                assert torch.equal(padded_targets[row, :length], targets[0])
+                assert (padded_targets[row, length:] == IGNORE).all()
+                assert (padded_ids[row, length:] == vocab.pad_id).all()
+                padded += padded_ids.shape[1] - length
+        assert torch.equal(batch.rows, (batch.targets.flatten() != IGNORE).nonzero().squeeze(-1))
+        assert torch.equal(batch.aligned_rows, batch.aligned.flatten().nonzero().squeeze(-1))
+        assert (batch.target_bytes[batch.targets == IGNORE] == 0).all()
+        for target, size in zip(batch.targets.flatten().tolist(), batch.target_bytes.flatten().tolist(), strict=True):
+            assert size == (0 if target == IGNORE else len(vocabs[0].tokens[target]))
+    assert padded > 0
+
+
+def test_aligned_positions_stand_at_the_same_byte():
+    batch = small_data().train.collate([0, 3, 5])
+    assert batch.aligned.any()
+    assert (~batch.aligned & (batch.targets != IGNORE)).any()
+    for row, position in batch.aligned.nonzero().tolist():
+        at = int(batch.teacher_index[row, position])
+        ours = spelled(pair().student_vocab, batch.student_ids[row, : position + 1].tolist())
+        theirs = spelled(pair().teacher_vocab, batch.teacher_ids[row, : at + 1].tolist())
+        assert ours == theirs
+        assert batch.teacher_targets[row, at] != IGNORE
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.text(min_size=1, max_size=120), min_size=1, max_size=4))
+def test_any_text_is_either_given_back_exactly_or_counted(texts):
+    try:
+        kept, report = read_texts(texts)
+    except ValueError as error:
+        assert "expected at least one text" in str(error)
+        return
+    data = build([*kept, "One that always works."], held_out=["Something else."])
+    refused = sum(len(rows) for rows in data.train.report.refused.values())
+    assert data.train.report.used + refused == data.train.report.read == len(kept) + 1
+    assert report.read == len(texts)
+    normal = [pair().normalise(t).encode() for t in [*kept, "One that always works."]]
+    for index in range(len(data.train)):  # a window may be cut inside a character, so bytes are compared
+        batch = data.train.collate([index])
+        window = spelled(pair().student_vocab, batch.student_ids[0].tolist())
+        assert window == spelled(pair().teacher_vocab, batch.teacher_ids[0].tolist())
+        assert any(window in t for t in normal)
+
+
+def test_text_with_combining_marks_is_composed_on_both_sides():
+    decomposed = "Cafe\u0301 au lait, a\u0308 la carte, x\u0301 stays, " * 3
+    data = build([decomposed, "Plain."], held_out=[decomposed])
+    composed = pair().normalise(decomposed)
+    assert composed != decomposed
+    assert data.train.text(0).startswith("Café au lait")
+    assert data.held_out.scored_bytes == len(composed.encode())
+    assert sum(int(b.target_bytes.sum()) for b in data.held_out.in_order(2)) == len(composed.encode())
+    assert not data.train.report.refused
+
+
+def test_a_special_token_in_a_text_is_text():
+    text = "He wrote <|endoftext|> and <|im_start|> on the board."
+    data = build([text, text])
+    assert data.train.text(0) == text
+    for vocab, ids in ((pair().student_vocab, "student_ids"), (pair().teacher_vocab, "teacher_ids")):
+        row = getattr(data.train.collate([0]), ids)[0, 1:].tolist()
+        assert not vocab.special.intersection(row)
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def samples(data, seed, positions, workers=0) -> list[list[int]]:
+    return [b.sample.tolist() for b in data.batches(seed, positions, workers=workers)]
+
+
+def test_batches_are_a_function_of_seed_and_position():
+    data = small_data()
+    count = 2 * data.batches_per_epoch + 3
+    whole = samples(data, 7, range(count))
+    for start in (0, 1, data.batches_per_epoch - 1, data.batches_per_epoch, count - 1):
+        assert samples(data, 7, range(start, count)) == whole[start:]
+    again = build_data(pages(8, 500), pair(), held_out=0.25, window=WINDOW, batch_size=2)
+    assert samples(again, 7, range(count)) == whole
+    assert samples(data, 8, range(count)) != whole
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:This DataLoader will create:UserWarning")
+def test_workers_change_nothing():
+    data = small_data()
+    one = list(data.batches(0, range(3, 9), workers=0))
+    two = list(data.batches(0, range(3, 9), workers=2))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        for name in a.__dataclass_fields__:
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_fetching_data_leaves_the_global_random_state_alone():
+    np.random.seed(3)
+    torch.manual_seed(3)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    list(small_data().batches(0, range(4)))
+    build(pages(3), held_out=0.4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+
+
+def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
+    data = build(pages(4), batch_size=1)
+    size = len(data.train)
+    first = [row[0] for row in samples(data, 0, range(size))]
+    second = [row[0] for row in samples(data, 0, range(size, 2 * size))]
+    assert sorted(first) == sorted(second) == list(range(size))
+    assert first != second
+    assert first != list(range(size))
+
+
+def test_fewer_windows_than_a_batch_are_one_batch():
+    data = build(["A single short text."], batch_size=8)
+    assert data.batches_per_epoch == 1
+    assert samples(data, 0, range(3)) == [[0], [0], [0]]
+
+
+def test_a_limit_spreads_over_the_whole_set():
+    windows = small_data().held_out
+    chosen = sorted(i for b in windows.in_order(2, limit=3) for i in b.sample.tolist())
+    assert chosen[0] == 0
+    assert chosen[-1] == len(windows) - 1
+    assert len(chosen) == 3
+    everything = sorted(i for b in windows.in_order(4, limit=10**6) for i in b.sample.tolist())
+    assert everything == list(range(len(windows)))
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.99])
+def test_held_out_documents_are_not_in_train(share):
+    texts = [f"Document number {i} says {'hello ' * (i + 1)}" for i in range(10)]
+    data = build(texts, held_out=share)
+    train = {data.train.text(i)[:18] for i in range(len(data.train))}
+    whole = {bytes_of(data.train, d).decode() for d in range(len(data.train.documents))}
+    apart = {bytes_of(data.held_out, d).decode() for d in range(len(data.held_out.documents))}
+    assert train
+    assert whole | apart == set(texts)
+    assert not whole & apart
+    assert len(apart) == min(max(1, round(share * 10)), 9)
+    assert repr(build(texts, held_out=share)) == repr(data), "the choice depends on the seed alone"
+
+
+def bytes_of(windows, document: int) -> bytes:
+    return pair().student_vocab.bytes_of(windows.documents[document].student_ids)
+
+
+def test_another_seed_holds_out_other_documents():
+    texts = [f"Document number {i}." for i in range(20)]
+    chosen = {tuple(bytes_of(build(texts, held_out=0.2, seed=s).held_out, d) for d in range(4)) for s in range(4)}
+    assert len(chosen) > 1
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ("one string", "got one string"),
+        (None, "got None"),
+        ([], "got none"),
+        (["", " \n\t "], "got none"),
+        ([None, 3], "got none"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a b"]})), r"pass texts\['train'\]"),
+        (datasets.Dataset.from_dict({"body": ["a b"]}), "pass column='body'"),
+    ],
+)
+def test_unusable_texts_are_refused(texts, said):
+    with pytest.raises(ValueError, match=f"^build_data: expected .*{said}"):
+        build(texts)
+    with pytest.raises(ValueError, match=f"^build_data: expected .*{said}"):
+        build(pages(2), held_out=texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"window": 7}, "window of at least 8 tokens, got 7"),
+        ({"batch_size": 0}, "batch_size of at least 1, got 0"),
+        ({"held_out": 0}, "held_out between 0 and 1, or texts, got 0"),
+        ({"held_out": 1}, "held_out between 0 and 1, or texts, got 1"),
+        ({"held_out": 1.5}, "held_out between 0 and 1"),
+        ({"held_out": -0.1}, "held_out between 0 and 1"),
+        ({"held_out": float("nan")}, "held_out between 0 and 1"),
+        ({"maximum": 1, "held_out": 0.5}, "two documents to hold some out, got one"),
+        ({"maximum": 0}, "got none"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=f"^build_data: expected .*{said}"):
+        build(pages(3), **arguments)
+
+
+def test_one_document_cannot_be_split_but_can_be_trained_on_beside_other_texts():
+    with pytest.raises(ValueError, match=r"at least two documents"):
+        build(["Only one here, with words."], held_out=0.5)
+    assert len(build(["Only one here, with words."]).train.documents) == 1
+
+
+def test_every_unusable_row_is_counted_with_its_number():
+    rows = [
+        "Good text one.",
+        None,
+        3,
+        "",
+        "half \ud800 pair",
+        "Good text two.",
+        f"Strange {undecodable()} sign.",
+        ["x"],
+    ]
+    data = build(rows)
+    report = data.train.report
+    assert report.read == 8
+    assert report.used == 2
+    refused = {reason.split(",")[0]: found for reason, found in report.refused.items()}
+    assert refused == {
+        "missing": [1],
+        "not text but int": [2],
+        "empty": [3],
+        "with half a surrogate pair": [4],
+        "not text but list": [7],
+        "not given back byte for byte by one of the tokenizers": [6],
+    }
+    assert "2 of 8 documents used" in repr(data)
+
+
+def test_counts_and_row_numbers_hold_with_a_held_out_share():
+    strange = f"Strange {undecodable()} sign."
+    rows = [None, *(t for i in range(8) for t in (f"Good text number {i}.", strange))]
+    data = build(rows, held_out=0.5)
+    reports = data.train.report, data.held_out.report
+    named = []
+    for report in reports:
+        assert report.used + sum(map(len, report.refused.values())) == report.read
+        named += report.refused["not given back byte for byte by one of the tokenizers"]
+    assert sum(r.read for r in reports) == len(rows)
+    assert sorted(named) == [i for i, row in enumerate(rows) if row == strange]
+
+
+def test_a_text_that_no_tokenizer_gives_back_is_refused_when_alone():
+    with pytest.raises(ValueError, match=r"both tokenizers can read, got none: (.|\n)*not given back byte for byte"):
+        build([f"{undecodable()}{undecodable()}"])
+
+
+def test_maximum_counts_documents_that_can_be_used():
+    assert build(["", *pages(5)], maximum=3).train.report.used == 3
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_gives_the_same_as_its_list():
+    texts = pages(4)
+    table = datasets.Dataset.from_dict({"body": texts, "n": list(range(4))})
+    assert build(table, column="body").fingerprint == build(texts).fingerprint
+    assert build(table["body"]).fingerprint == build(texts).fingerprint
+    assert build(t for t in texts).fingerprint == build(texts).fingerprint
+    with_gap = datasets.Dataset.from_dict({"text": [*texts, None]})
+    assert build(with_gap).train.report.refused == {"missing": [4]}
+
+
+def test_a_streamed_data_set_can_be_read():
+    stream = datasets.Dataset.from_dict({"text": pages(4)}).to_iterable_dataset()
+    assert build(stream).fingerprint == build(pages(4)).fingerprint
+
+
+def test_the_fingerprint_sees_one_character():
+    texts = pages(3)
+    same = build(texts).fingerprint
+    assert same == build(list(texts)).fingerprint
+    for document in range(3):
+        changed = list(texts)
+        changed[document] = changed[document][:-1] + ("!" if changed[document][-1] != "!" else "?")
+        assert build(changed).fingerprint != same
+    assert build(texts, window=24).fingerprint != same
+    assert build(texts, batch_size=3).fingerprint != same
+    assert build([texts[0] + texts[1], texts[2]]).fingerprint != same
+
+
+def test_repr_says_what_there_is():
+    said = repr(small_data())
+    assert "train " in said
+    assert "held out" in said
+    assert "6 documents" in said
+    assert f"{small_data().batches_per_epoch:,} per epoch" in said

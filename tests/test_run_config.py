@@ -1,0 +1,118 @@
+"""kd_kit/run_config.py: what a run folder accepts when a run goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import make_trainer, part_term, small_data, teacher, tiny_student
+
+from kd_kit import build_data, kd_term, lm_term
+from kd_kit.run_config import check_run, run_config
+
+
+@pytest.fixture
+def run(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=2)
+    trainer.fit()
+    return tmp_path / "run"
+
+
+def other_text():
+    data = small_data()
+    return build_data(
+        ["Another text altogether, with words. " * 9] * 3, data.pair, window=32, batch_size=2, held_out=0.4
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "the seed"),
+        ({"accumulation": 2}, "the number of batches per step"),
+        ({"data": other_text}, "the text, its windows or the batch size"),
+        ({"data": lambda: small_data(batch_size=3)}, "the text, its windows or the batch size"),
+        ({"data": lambda: small_data(window=24)}, "the text, its windows or the batch size"),
+        ({"terms": lambda: [lm_term()]}, "the loss terms"),
+        ({"terms": lambda: [lm_term(), kd_term(), part_term()]}, "the loss terms"),
+        ({"student": lambda: tiny_student(num_hidden_layers=1)}, "the student's shapes"),
+        ({"seed": 1, "accumulation": 2}, "the seed, the number of batches per step"),
+    ],
+)
+def test_a_run_that_would_not_be_the_same_is_refused(run, changes, said):
+    before = (run / "RUN.json").read_text()
+    with pytest.raises(
+        ValueError, match=rf"^build_trainer: .*got another one: .*{said} changed; .*build_session\(run="
+    ):
+        make_trainer(run, **{k: v() if callable(v) else v for k, v in changes.items()})
+    assert (run / "RUN.json").read_text() == before
+
+
+def test_what_may_change_is_said(run, capsys):
+    trainer = make_trainer(run, steps=4, learning_rate=3e-3, terms=[lm_term(0.2), kd_term(0.8, top_k=8)])
+    said = capsys.readouterr().out
+    assert "run: goes on with " in said
+    for note in (
+        "steps 2 -> 4",
+        "learning_rate 0.01 -> 0.003",
+        "weights {'lm': 0.1, 'kd': 0.9} -> {'lm': 0.2, 'kd': 0.8}",
+    ):
+        assert note in said
+    assert trainer.fit() == "finished"
+    assert trainer.step == 4
+    assert trainer.history.total_steps == 4
+    assert trainer.history.last("train")["lr"]["student"] <= 3e-3
+    assert trainer.history.last("train")["terms"]["lm"]["weight"] == pytest.approx(0.2)
+
+
+def test_a_changed_weight_decay_takes_effect(run):
+    trainer = make_trainer(run, steps=4, weight_decay=0.33)
+    trainer.resume()
+    assert [g["weight_decay"] for g in trainer.optimizer.param_groups] == [0.33, 0.0]
+
+
+def test_the_same_configuration_says_nothing(run, capsys):
+    make_trainer(run, steps=2)
+    assert "goes on with" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{torn",
+        b"[]",
+        b"3",
+        b"{}",
+        b'{"run_id": "a"}',
+        b'{"config": {}}',
+        b'{"config": 3, "run_id": "a"}',
+        b"\xff",
+    ],
+)
+def test_a_run_file_that_cannot_be_read_is_refused(run, content):
+    (run / "RUN.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^build_trainer: expected a RUN\.json that can be read, got .*RUN\.json"):
+        make_trainer(run)
+    assert (run / "RUN.json").read_bytes() == content
+
+
+def test_checkpoints_without_their_run_file_are_refused(run):
+    (run / "RUN.json").unlink()
+    with pytest.raises(ValueError, match=r"^build_trainer: expected a run folder with its RUN\.json"):
+        make_trainer(run)
+
+
+def test_an_empty_folder_is_a_new_run(tmp_path):
+    (tmp_path / "run" / "ckpt").mkdir(parents=True)
+    trainer = make_trainer(tmp_path / "run")
+    assert check_run(tmp_path / "run", run_config(trainer)) == trainer.run_id
+
+
+def test_the_configuration_is_plain_json(tmp_path):
+    trainer = make_trainer(tmp_path / "run", terms=[lm_term(), part_term()], model=teacher())
+    config = run_config(trainer)
+    assert json.loads(json.dumps(config)) == config
+    stored = json.loads((tmp_path / "run" / "RUN.json").read_text())
+    assert stored == {"run_id": trainer.run_id, "config": config}
+    assert not list((tmp_path / "run").glob("*.tmp"))

@@ -1,0 +1,758 @@
+"""kd_kit/trainer.py: a run is the same run however often it is interrupted, and says what it did."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from helpers import (
+    assert_same_run,
+    assert_same_tensors,
+    make_trainer,
+    measured,
+    pages,
+    pair,
+    part_term,
+    session_at,
+    small_data,
+    teacher,
+    tiny_student,
+    weights_of,
+)
+from torch import nn
+
+from kd_kit import Callback, LearningRate, agreement, audit, build_data, evaluate, kd_term, lm_term, piecewise, score
+from kd_kit.checkpoint import find_checkpoint
+from kd_kit.history import History, verdict
+from kd_kit.module import DistillModule
+from kd_kit.session import Session, process_age
+from kd_kit.terms import LossTerm
+from kd_kit.trainer import build_trainer
+from kd_kit.types import LossValue
+
+
+@pytest.fixture(autouse=True)
+def quiet_precision(tmp_path):
+    """accelerate keeps its precision in the process: the next test starts from float32."""
+    yield
+    session_at(tmp_path / "after", precision="no").engine()
+
+
+def all_terms(seed: int = 0) -> list[LossTerm]:
+    return [lm_term(0.2), kd_term(0.7, top_k=8), part_term(0.1, seed=seed)]
+
+
+def dropout_student(seed: int = 0):
+    """A student that draws random numbers in every step, so that a lost random state shows."""
+    return tiny_student(seed, attention_dropout=0.2)
+
+
+def fresh(folder, *, seed: int = 0, **arguments):
+    """A trainer as a new session makes it; with another ``seed`` everything it starts with is wrong."""
+    settings = {
+        "steps": 7,
+        "eval_every": 3,
+        "schedule": piecewise(kd=[(0, 0.2), (0.4, 1)]),
+        "lr_schedule": LearningRate(warmup=0.3, decay=0.3),
+        "terms": all_terms(seed),
+    }
+    return make_trainer(folder, student=dropout_student(seed), **(settings | arguments))
+
+
+# --- resumed is uninterrupted ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("stops", [(1,), (4,), (6,), (2, 5), (3, 4)])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, accumulation, stops):
+    torch.manual_seed(5)
+    whole = fresh(tmp_path / "whole", accumulation=accumulation)
+    assert whole.fit() == "finished"
+
+    torch.manual_seed(5)
+    trainer = fresh(tmp_path / "parts", accumulation=accumulation)
+    for number, stop in enumerate(stops):
+        assert trainer.fit(steps=stop - trainer.step) == "paused"
+        assert trainer.step == stop
+        torch.manual_seed(1000 + number)  # another session has another random state
+        trainer = fresh(tmp_path / "parts", seed=number + 1, accumulation=accumulation)
+        assert trainer.step == 0
+        assert trainer.resume()
+        assert trainer.step == stop
+    assert trainer.fit() == "finished"
+    assert_same_run(whole, trainer)
+    assert trainer.best == whole.best
+    assert trainer.tokens == whole.tokens
+    assert measured(History.load(tmp_path / "parts" / "metrics.jsonl")) == measured(whole.history)
+    assert [e["what"] for e in trainer.history.events].count("resumed") == len(stops)
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(Callback):
+    """Ends the session at a step as a kill does: nothing is saved, nothing is told."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_evaluate(self, trainer):
+        if trainer.step >= self.step:
+            raise Killed
+
+
+def test_a_killed_run_goes_on_from_its_last_save_and_forgets_what_came_after(tmp_path):
+    torch.manual_seed(5)
+    whole = fresh(tmp_path / "whole", eval_every=1)
+    whole.fit()
+
+    torch.manual_seed(5)
+    trainer = fresh(tmp_path / "killed", eval_every=1)
+    trainer.fit(steps=3)
+    trainer.callbacks = [Kill(5)]
+    with pytest.raises(Killed):
+        trainer.fit()
+    assert trainer.history.evaluations()[0][-1] == 5
+    torch.manual_seed(99)
+    again = fresh(tmp_path / "killed", seed=3, eval_every=1)
+    again.resume()
+    assert again.step == 3
+    assert again.history.evaluations()[0][-1] == 3, "what came after the checkpoint is forgotten"
+    assert again.history.series("lm")[0] == [1, 2, 3]
+    again.fit()
+    assert_same_run(whole, again)
+
+
+def test_a_run_killed_before_its_first_save_starts_again_from_its_own_start(tmp_path):
+    torch.manual_seed(5)
+    whole = make_trainer(tmp_path / "whole", eval_every=1)
+    whole.fit()
+    student = tiny_student()
+    trainer = make_trainer(tmp_path / "killed", student=student, eval_every=1)
+    trainer.callbacks = [Kill(2)]
+    with pytest.raises(Killed):
+        trainer.fit()
+    # the cell of the trainer runs again, the one of the student does not: it has two steps behind it
+    again = make_trainer(tmp_path / "killed", student=student, eval_every=1)
+    again.fit()
+    assert_same_run(whole, again)
+
+
+def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, capsys):
+    torch.manual_seed(5)
+    whole = fresh(tmp_path / "whole")
+    whole.fit()
+    torch.manual_seed(5)
+    trainer = fresh(tmp_path / "run")
+    trainer.fit(steps=2)
+    trainer.fit(steps=2)
+    path = tmp_path / "run" / "ckpt" / "step-00000004" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    again = fresh(tmp_path / "run", seed=1)
+    again.fit()
+    assert "step-00000004" in capsys.readouterr().out
+    assert_same_run(whole, again)
+
+
+def test_a_step_that_was_broken_off_leaves_no_gradient_behind(tmp_path):
+    """A second Interrupt may fall between two micro-batches; the next fit() in the same process goes on."""
+    whole = make_trainer(tmp_path / "whole", accumulation=3)
+    whole.fit()
+    calls = itertools.count()
+
+    def interrupted(rows):
+        if next(calls) == 10:
+            raise KeyboardInterrupt
+        return lm_term().rows(rows)
+
+    lm = lm_term(0.1)
+    object.__setattr__(lm, "rows", interrupted)
+    trainer = make_trainer(tmp_path / "broken", accumulation=3, terms=[lm, kd_term(0.9, top_k=8)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert 0 < trainer.step < 6
+    trainer.fit()
+    assert_same_run(whole, trainer)
+
+
+def test_the_same_cells_run_twice_go_on(tmp_path):
+    student = tiny_student()
+    make_trainer(tmp_path / "run", student=student).fit(steps=2)
+    trainer = make_trainer(tmp_path / "run", student=student)
+    assert trainer.fit(steps=2) == "paused"
+    assert trainer.step == 4
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+    trainer.fit()
+    assert_same_run(whole, trainer)
+
+
+def test_fit_after_the_end_does_nothing(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    assert trainer.fit() == "finished"
+    before, lines = weights_of(trainer), len(trainer.history)
+    saved = sorted(p.name for p in (tmp_path / "run" / "ckpt").iterdir())
+    assert trainer.fit() == "finished"
+    assert trainer.fit(steps=3) == "finished"
+    assert_same_tensors(before, weights_of(trainer))
+    assert len(trainer.history) == lines
+    assert sorted(p.name for p in (tmp_path / "run" / "ckpt").iterdir()) == saved
+    assert make_trainer(tmp_path / "run").fit() == "finished"
+
+
+def test_no_steps_are_no_end(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    assert trainer.fit(steps=0) == "paused"
+    assert trainer.step == 0
+
+
+def test_a_finished_run_can_be_lengthened(tmp_path):
+    make_trainer(tmp_path / "run", steps=2).fit()
+    trainer = make_trainer(tmp_path / "run", steps=5)
+    assert trainer.fit() == "finished"
+    assert trainer.step == 5
+    assert trainer.history.series("lm")[0] == [1, 2, 3, 4, 5]
+    assert trainer.history.total_steps == 5
+
+
+def test_checkpoints_hold_tensors_and_json_and_no_pickle(tmp_path):
+    make_trainer(tmp_path / "run", terms=all_terms()).fit(steps=2)
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "LOCK"]
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".jsonl"}
+    names = {p.name for p in (tmp_path / "run" / "ckpt" / "step-00000002").iterdir()}
+    assert names == {
+        "model.safetensors",
+        "aux.safetensors",
+        "optim.safetensors",
+        "rng.safetensors",
+        "state.json",
+        "MANIFEST.json",
+    }
+    for path in files:
+        assert path.read_bytes()[:2] != b"\x80\x02"
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def uneven_data(batch_size: int):
+    """Windows of very different lengths, so that micro-batches have different counts."""
+    words = "It is a truth universally acknowledged, that a single man must be in want of a wife. "
+    texts = [(words * 3)[: 4 + 11 * i % 95] + "." for i in range(16)]
+    return build_data(texts, pair(), held_out=[pages()[0]], window=48, batch_size=batch_size)
+
+
+def gradients_of(trainer, monkeypatch) -> dict[str, torch.Tensor]:
+    """Gradients of one step, which is not taken."""
+    found = {}
+
+    def keep():
+        found.update({n: p.grad.clone() for n, p in trainer.module.named_parameters()})
+
+    monkeypatch.setattr(trainer.optimizer, "step", keep)
+    trainer.fit(steps=1)
+    return found
+
+
+def assert_close(one: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    """Equal but for the order of sums: a gradient of a hundred rows rounds at the size of its largest numbers."""
+    assert (one - other).norm() <= 1e-5 * other.norm(), name
+
+
+def test_micro_batches_are_one_batch(tmp_path, monkeypatch):
+    common = {"max_grad_norm": 1e9, "steps": 2}
+    large = make_trainer(tmp_path / "large", data=uneven_data(8), terms=all_terms(), **common)
+    small = make_trainer(tmp_path / "small", data=uneven_data(2), terms=all_terms(), accumulation=4, **common)
+    sizes = [len(b.rows) for b in uneven_data(2).batches(0, range(4))]
+    assert max(sizes) > 1.3 * min(sizes), sizes
+    one, other = gradients_of(large, monkeypatch), gradients_of(small, monkeypatch)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert_close(one[name], other[name], name)
+    a, b = large.history.last("train"), small.history.last("train")
+    assert a["total"] == pytest.approx(b["total"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    for term in ("lm", "kd", "part"):
+        assert a["terms"][term]["count"] == b["terms"][term]["count"]
+        assert a["terms"][term]["value"] == pytest.approx(b["terms"][term]["value"], rel=1e-5)
+    for field in ("tokens", "aligned_share", "tail_mass"):
+        assert a[field] == pytest.approx(b[field], rel=1e-5), field
+
+
+def test_every_term_is_divided_by_its_count_in_the_whole_step(tmp_path, monkeypatch):
+    """The gradient of the step is that of the sum of share times mean, worked out without a trainer."""
+    data, terms = uneven_data(2), all_terms()
+    trainer = make_trainer(tmp_path / "run", data=data, accumulation=3, max_grad_norm=1e9, terms=terms)
+    found = gradients_of(trainer, monkeypatch)
+    module = DistillModule(tiny_student(), all_terms())
+    module.parts["part"].load_state_dict(terms[2].value.state_dict())
+    batches = list(data.batches(0, range(3)))
+    signals = [trainer.teacher.signal(b) for b in batches]
+    for position, term in enumerate(module.terms):
+        count = sum(term.count(b) for b in batches)
+        scale = torch.zeros(3)
+        scale[position] = term.weight / count
+        for batch, known in zip(batches, signals, strict=True):
+            module(batch, known, scale)[0].backward()
+    for name, parameter in module.named_parameters():
+        assert_close(found[name], parameter.grad, name)
+
+
+def test_the_data_follow_the_position_whatever_the_accumulation(tmp_path, monkeypatch):
+    data, seen = small_data(), []
+    collate = type(data.train).collate
+
+    def spy(self, indices):
+        if self is data.train:
+            seen.extend(indices)
+        return collate(self, indices)
+
+    monkeypatch.setattr(type(data.train), "collate", spy)
+    orders = []
+    for accumulation, steps in ((1, 6), (3, 2)):
+        seen.clear()
+        trainer = make_trainer(tmp_path / str(accumulation), data=data, steps=steps, accumulation=accumulation, seed=4)
+        trainer.fit(steps=1)
+        trainer.fit()
+        orders.append(list(seen))
+    expected = [i for p in range(6) for i in data.indices(4, p).tolist()]
+    assert orders[0] == orders[1] == expected
+
+
+def test_records_are_complete(tmp_path):
+    trainer = make_trainer(tmp_path / "run", terms=all_terms(), steps=13, eval_every=4)
+    trainer.fit()
+    run, *_ = trainer.history.records
+    assert run["kind"] == "run"
+    assert run["run_id"] == trainer.run_id
+    assert run["total_steps"] == 13
+    assert set(run["terms"]) == {"lm", "kd", "part"}
+    for meta in run["terms"].values():
+        assert set(meta) == {"unit", "healthy", "impossible_below", "impossible_above"}
+    records = [r for r in trainer.history.records if r["kind"] == "train"]
+    assert [r["step"] for r in records] == list(range(1, 14))
+    tokens = 0
+    for record in records:
+        assert set(record) == {
+            "kind",
+            "step",
+            "epoch",
+            "tokens",
+            "seconds",
+            "total",
+            "terms",
+            "lr",
+            "grad_norm",
+            "skipped_steps",
+            "tokens_per_second",
+            "aligned_share",
+            "tail_mass",
+        }
+        batch = next(small_data().batches(0, [record["step"] - 1]))
+        tokens += len(batch.rows)
+        assert record["tokens"] == tokens
+        assert record["epoch"] == pytest.approx(record["step"] / small_data().batches_per_epoch)
+        assert record["aligned_share"] == pytest.approx(len(batch.aligned_rows) / len(batch.rows))
+        assert 0 < record["tail_mass"] < 1
+        assert record["grad_norm"] > 0
+        assert record["lr"]["parts"] == pytest.approx(5 * record["lr"]["student"])
+        assert sum(t["weight"] for t in record["terms"].values()) == pytest.approx(1)
+        for term in record["terms"].values():
+            assert set(term) == {"value", "weight", "contribution", "count"}
+            assert term["contribution"] == pytest.approx(term["weight"] * term["value"])
+        assert record["total"] == pytest.approx(sum(t["contribution"] for t in record["terms"].values()))
+        assert record["terms"]["kd"]["count"] == len(batch.aligned_rows)
+    assert trainer.history.evaluations()[0] == [0, 4, 8, 12, 13]
+    assert set(trainer.history.references()) == {"teacher"}
+    assert [e["what"] for e in trainer.history.events] == ["stopped", "saved"]
+    assert trainer.history.records == History.load(tmp_path / "run" / "metrics.jsonl").records
+
+
+def test_the_first_record_is_the_student_before_any_step(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=1)
+    batch = next(small_data().batches(0, [0]))
+    module = DistillModule(tiny_student(), trainer.terms)
+    with torch.no_grad():
+        _, sums = module(batch, trainer.teacher.signal(batch), torch.ones(2))
+    trainer.fit()
+    record = trainer.history.last("train")
+    for term, total in zip(trainer.terms, sums.tolist(), strict=True):
+        assert record["terms"][term.name]["value"] == pytest.approx(total / term.count(batch), rel=1e-5)
+
+
+def test_gradients_are_clipped_and_the_norm_is_that_before(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "run", max_grad_norm=0.01)
+    found = gradients_of(trainer, monkeypatch)
+    norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in found.values()))
+    assert norm == pytest.approx(0.01, rel=1e-3)
+    assert trainer.history.last("train")["grad_norm"] > 0.1
+
+
+def test_matrices_decay_and_vectors_do_not(tmp_path):
+    trainer = make_trainer(tmp_path / "run", terms=all_terms(), weight_decay=0.2)
+    matrices, vectors, parts = trainer.optimizer.param_groups
+    assert [g["weight_decay"] for g in (matrices, vectors, parts)] == [0.2, 0.0, 0.0]
+    assert all(p.ndim >= 2 for p in matrices["params"])
+    assert all(p.ndim < 2 for p in vectors["params"])
+    count = sum(p.numel() for g in trainer.optimizer.param_groups for p in g["params"])
+    assert count == sum(p.numel() for p in trainer.module.parameters())
+
+
+def inf_at(step: int) -> LossTerm:
+    calls = itertools.count(1)
+
+    def value(output, signal, batch) -> LossValue:
+        factor = math.inf if next(calls) == step else 1.0
+        return LossValue((output.hidden.flatten(0, 1)[batch.rows] ** 2).sum() * factor, torch.tensor(1.0))
+
+    return LossTerm(name="wild", weight=0.1, unit="", healthy=(0, 100), value=value)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, accumulation):
+    trainer = make_trainer(
+        tmp_path / "run", terms=[lm_term(0.9), inf_at(2 * accumulation + 1)], accumulation=accumulation
+    )
+    trainer.fit(steps=2)
+    before = weights_of(trainer)
+    trainer.fit(steps=1)
+    assert trainer.step == 3
+    assert trainer.skipped_steps == 1
+    assert_same_tensors(before, weights_of(trainer))
+    record = trainer.history.last("train")
+    assert record["skipped_steps"] == 1
+    assert record["terms"]["wild"]["value"] == math.inf
+    assert verdict(trainer.history.terms["wild"], record["terms"]["wild"]["value"]) == "impossible"
+    assert not math.isfinite(record["grad_norm"])
+    assert math.isfinite(record["terms"]["lm"]["value"])
+    trainer.fit()
+    assert trainer.skipped_steps == 1
+    assert any(not torch.equal(before[n], t) for n, t in weights_of(trainer).items())
+    assert all(t.isfinite().all() for t in weights_of(trainer).values())
+    assert History.load(tmp_path / "run" / "metrics.jsonl").series("wild")[1][2] == math.inf
+
+
+def test_a_term_of_weight_zero_is_shown_and_teaches_nothing(tmp_path, monkeypatch):
+    with_zero = make_trainer(tmp_path / "zero", terms=[lm_term(1.0), kd_term(0.0, top_k=8)])
+    alone = make_trainer(tmp_path / "alone", terms=[lm_term(1.0)], model=None)
+    one, other = gradients_of(with_zero, monkeypatch), gradients_of(alone, monkeypatch)
+    for name in one:
+        assert_close(one[name], other[name], name)
+    record = with_zero.history.last("train")
+    assert record["terms"]["kd"]["value"] > 0
+    assert record["terms"]["kd"]["contribution"] == 0
+
+
+def test_a_batch_without_one_aligned_position_teaches_by_the_text_alone(tmp_path, monkeypatch):
+    """The teacher then has no row to give; nothing is divided by zero."""
+    data = build_data(pages(4, 200), pair(), held_out=[pages()[0]], window=32, batch_size=1)
+    collate = type(data.train).collate
+
+    def nowhere(self, indices):
+        batch = collate(self, indices)
+        if self is not data.train:
+            return batch
+        changed = {"aligned": torch.zeros_like(batch.aligned), "aligned_rows": batch.aligned_rows[:0]}
+        return type(batch)(**{n: changed.get(n, getattr(batch, n)) for n in batch.__dataclass_fields__})
+
+    monkeypatch.setattr(type(data.train), "collate", nowhere)
+    trainer = make_trainer(tmp_path / "run", data=data, steps=2)
+    trainer.fit()
+    record = trainer.history.last("train")
+    assert record["terms"]["kd"] == {"value": None, "weight": 0.9, "contribution": None, "count": 0}
+    assert record["tail_mass"] is None
+    assert record["total"] == pytest.approx(0.1 * record["terms"]["lm"]["value"])
+    assert trainer.skipped_steps == 0
+
+
+def test_it_learns(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=40, eval_every=40, eval_windows=8)
+    trainer.fit()
+    _, bits = trainer.history.evaluations()
+    assert bits[-1] < bits[0] - 0.3
+    values = trainer.history.series("kd")[1]
+    assert sum(values[-5:]) < sum(values[:5])
+
+
+# --- the crash of the earlier run ------------------------------------------------------------------------------------
+
+
+class FromTeacher(nn.Module):
+    """A float32 part that reads what the teacher says, as the projector did that an fp16 teacher crashed."""
+
+    def __init__(self):
+        super().__init__()
+        self.projector = nn.Linear(8, 32)
+
+    def forward(self, output, signal, batch):
+        wanted = self.projector(signal.log_probs.clamp(min=-20))
+        error = (output.hidden.flatten(0, 1)[batch.aligned_rows].float() - wanted.float()) ** 2
+        return LossValue(error.mean(-1).sum(), torch.tensor(float(len(wanted))))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_half_precision_teacher_and_float32_parts_work_everywhere(tmp_path, precision, dtype):
+    half = teacher(dtype)
+    assert next(half.parameters()).dtype == dtype
+    projected = LossTerm(
+        name="projected", weight=0.1, unit="", healthy=(0, 1), value=FromTeacher(), over="aligned", top_k=8
+    )
+    terms = [lm_term(0.2), kd_term(0.7, top_k=8), projected]
+    trainer = make_trainer(
+        tmp_path / "run", session=session_at(tmp_path / "run", precision=precision), model=half, terms=terms, steps=3
+    )
+    assert trainer.fit() == "finished"
+    assert trainer.skipped_steps == 0
+    assert {p.dtype for p in trainer.module.parameters()} == {torch.float32}
+    held_out = small_data().held_out
+    # outside autocast, whatever the run's precision was: here the earlier run died after 12,500 steps
+    assert math.isfinite(score(trainer.student, held_out, limit=4).bits_per_byte)
+    assert math.isfinite(score(half, held_out, side="teacher", limit=4).bits_per_byte)
+    assert math.isfinite(agreement(trainer.student, trainer.teacher, held_out, limit=4).kl)
+    assert audit(pair(), small_data(), half).homed_mass > 0.5
+    report = evaluate(trainer, limit=4)
+    assert all(math.isfinite(row["bits_per_byte"]) for row in report.rows.values())
+    for record in trainer.history.records:
+        if record["kind"] == "train":
+            assert all(math.isfinite(t["value"]) for t in record["terms"].values())
+
+
+def test_half_precision_changes_the_figures_little(tmp_path):
+    values = []
+    for precision, dtype in (("no", None), ("bf16", torch.float16)):
+        trainer = make_trainer(
+            tmp_path / precision,
+            session=session_at(tmp_path / precision, precision=precision),
+            model=teacher(dtype),
+            steps=2,
+        )
+        trainer.fit()
+        values.append((trainer.history.evaluations()[1][0], trainer.history.references()["teacher"]))
+    assert values[0] == pytest.approx(values[1], rel=0.02)
+
+
+# --- early errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"model": None}, "expected a teacher for kd, got None"),
+        ({"terms": []}, "one or more terms with different names, got \\[\\]"),
+        ({"terms": [lm_term(), lm_term()]}, r"different names, got \['lm', 'lm'\]"),
+        ({"steps": 0}, "at least one step, got 0"),
+        ({"steps": -3}, "at least one step, got -3"),
+        ({"steps": None, "epochs": 0.0}, "at least one step, got 0"),
+        ({"accumulation": 0}, "accumulation of at least 1, got 0"),
+        ({"log_every": 0}, "log_every of at least 1, got 0"),
+        ({"eval_windows": 0}, "eval_windows of at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate above 0, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate above 0, got -1"),
+        ({"learning_rate": math.nan}, "learning_rate above 0, got nan"),
+        ({"terms": [kd_term(top_k=5000)]}, "top_k <= 2048"),
+        ({"terms": [lm_term(0.0)]}, "at least one term with weight"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_begins(tmp_path, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path / "run", **arguments)
+    assert not (tmp_path / "run" / "RUN.json").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_epochs_become_steps(tmp_path):
+    data = small_data()
+    assert make_trainer(tmp_path / "a", steps=None, epochs=1).total_steps == data.batches_per_epoch
+    trainer = make_trainer(tmp_path / "b", steps=None, epochs=2, accumulation=4)
+    assert trainer.total_steps == round(data.batches_per_epoch / 2)
+
+
+def test_a_teacher_that_no_term_needs_is_not_asked(tmp_path):
+    trainer = make_trainer(tmp_path / "run", terms=[lm_term()], steps=1)
+    assert trainer.teacher is None
+    assert trainer.fit() == "finished"
+
+
+def test_without_a_session_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    trainer = build_trainer(tiny_student(), teacher(), small_data(), steps=1)
+    assert trainer.session.folder == tmp_path / "kd_runs" / "run"
+
+
+def test_repr_says_what_will_happen(tmp_path):
+    said = repr(make_trainer(tmp_path / "run", accumulation=2))
+    for part in ("lm        share 0.10", "kd        share 0.90", "6 of 4 windows (0 done)", "peak 0.01", str(tmp_path)):
+        assert part in said
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+class SendSignal(Callback):
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_evaluate(self, trainer):
+        if trainer.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_stops_after_the_step_saved_and_the_run_goes_on(tmp_path, number, reason):
+    torch.manual_seed(5)
+    whole = fresh(tmp_path / "whole")
+    whole.fit()
+    torch.manual_seed(5)
+    trainer = fresh(tmp_path / "run")
+    trainer.callbacks = [SendSignal(number, 3)]
+    assert trainer.fit() == reason
+    assert trainer.step == 3
+    assert find_checkpoint(tmp_path / "run", run_id=trainer.run_id)[0].step == 3
+    again = fresh(tmp_path / "run", seed=1)
+    assert again.fit() == "finished"
+    assert_same_run(whole, again)
+
+
+def test_out_of_time_stops_saved_and_goes_on(tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+    now = [0.0]
+
+    class Later(Callback):
+        def on_evaluate(self, trainer):
+            now[0] += 40.0 if trainer.step else 0.0
+
+    def session(hours):
+        return Session(
+            tmp_path / "run", device="cpu", precision="no", budget=process_age() + hours * 3600, clock=lambda: now[0]
+        )
+
+    trainer = make_trainer(tmp_path / "run", session=session(0.03))  # 108 seconds: over when 30 are left
+    trainer.callbacks = [Later()]
+    assert trainer.fit() == "the session's time is over"
+    assert trainer.step == 4
+    assert find_checkpoint(tmp_path / "run", run_id=trainer.run_id)[0].step == 4
+    assert trainer.history.events[-2]["text"] == "the session's time is over"
+    again = make_trainer(tmp_path / "run", session=session(100), student=tiny_student(8))
+    assert again.fit() == "finished"
+    assert_same_run(whole, again)
+
+
+def test_it_saves_by_the_clock(tmp_path):
+    trainer = make_trainer(tmp_path / "run", save_minutes=0, steps=4)
+    trainer.fit()
+    saved = [e["step"] for e in trainer.history.events if e["what"] == "saved"]
+    assert saved == [1, 2, 3, 4]
+    trainer = make_trainer(tmp_path / "other", save_minutes=10, steps=4)
+    trainer.fit()
+    assert [e["step"] for e in trainer.history.events if e["what"] == "saved"] == [4]
+
+
+# --- control ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_control_sees_the_same_start_order_and_rates(tmp_path, monkeypatch):
+    data, seen = small_data(), []
+    batches = type(data).batches
+
+    def spy(self, seed, positions, *, workers=0):
+        for batch in batches(self, seed, positions, workers=workers):
+            seen.append(batch.sample.tolist())
+            yield batch
+
+    monkeypatch.setattr(type(data), "batches", spy)
+    trainer = make_trainer(tmp_path / "run", steps=5, seed=3, data=data)
+    assert trainer.control_history is None
+    start = {n: t.clone() for n, t in trainer.student.state_dict().items()}
+    trainer.fit()
+    distilled, ours = weights_of(trainer), list(seen)
+    seen.clear()
+    control = trainer.train_control()
+    assert seen == ours
+    assert_same_tensors(distilled, weights_of(trainer))
+    history = trainer.control_history
+    assert history.path == tmp_path / "run" / "control" / "metrics.jsonl"
+    assert history.column("lr", "student") == trainer.history.column("lr", "student")
+    assert history.column("tokens") == trainer.history.column("tokens")
+    assert history.terms.keys() == {"lm"}
+    assert history.evaluations()[1][0] == trainer.history.evaluations()[1][0], "both start from the same student"
+    assert history.series("lm")[1][0] == pytest.approx(trainer.history.series("lm")[1][0], rel=1e-5)
+    assert_same_tensors(start, trainer.initial_student().state_dict())
+
+    # it is what a run without a teacher gives
+    alone = make_trainer(tmp_path / "alone", steps=5, seed=3, data=data, model=None, terms=[lm_term(1.0)])
+    alone.fit()
+    assert_same_tensors(alone.student.state_dict(), control.state_dict())
+
+    # and it is trained once, also for another session
+    lines = len(trainer.control_history)
+    again = make_trainer(tmp_path / "run", steps=5, seed=3, data=data)
+    assert_same_tensors(again.train_control().state_dict(), control.state_dict())
+    assert len([r for r in again.control_history.records if r["kind"] == "train"]) == 5
+    assert lines <= len(again.control_history)
+
+
+def test_the_start_is_kept_with_tied_and_untied_weights(tmp_path):
+    for tied in (True, False):
+        student = tiny_student(tie_word_embeddings=tied)
+        start = {n: t.clone() for n, t in student.state_dict().items()}
+        trainer = make_trainer(tmp_path / str(tied), student=student, steps=2)
+        trainer.fit()
+        kept = trainer.initial_student()
+        assert_same_tensors(start, kept.state_dict())
+        same = kept.get_output_embeddings().weight is kept.get_input_embeddings().weight
+        assert same is tied
+        again = make_trainer(tmp_path / str(tied), student=tiny_student(3, tie_word_embeddings=tied), steps=2)
+        again.resume()
+        assert_same_tensors(trainer.student.state_dict(), again.student.state_dict())
+
+
+# --- two at once -----------------------------------------------------------------------------------------------------
+
+
+def test_two_trainers_in_one_process_do_not_meet(tmp_path):
+    alone = [make_trainer(tmp_path / f"alone{s}", student=tiny_student(s), seed=s) for s in (0, 1)]
+    for trainer in alone:
+        trainer.fit()
+    together = [make_trainer(tmp_path / f"both{s}", student=tiny_student(s), seed=s) for s in (0, 1)]
+    for steps in (2, 1, 3):
+        for trainer in together:
+            trainer.fit(steps=steps)
+    for one, other in zip(alone, together, strict=True):
+        assert_same_run(one, other)
+
+
+def test_the_run_folder_is_held_while_it_trains(tmp_path):
+    owners = []
+
+    class Look(Callback):
+        def on_log(self, trainer):
+            owners.append(json.loads((tmp_path / "run" / "LOCK").read_text())["pid"])
+
+    trainer = make_trainer(tmp_path / "run", steps=2)
+    trainer.callbacks = [Look()]
+    trainer.fit()
+    assert set(owners[:1]) == {os.getpid()}
+    assert (tmp_path / "run" / "LOCK").read_text() == ""
+
+
+def test_timing_is_kept_over_sessions(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=4)
+    trainer.fit(steps=2)
+    before = trainer.seconds
+    assert before > 0
+    again = make_trainer(tmp_path / "run", steps=4)
+    started = time.monotonic()
+    again.fit()
+    assert before < again.seconds < before + time.monotonic() - started

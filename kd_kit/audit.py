@@ -26,6 +26,8 @@ class Audit:
         positions: student positions looked at. aligned: share of them where the teacher stands at the same byte.
         same_next: share of the aligned ones whose next token is byte-identical on both sides.
         bridged_next: share of the aligned ones where the bridge sends the teacher's next token to the student's.
+        taught: share of positions at which the teacher can be heard at all: aligned, or inside one of its tokens.
+        inside_next: share of those inside where the rest of the teacher's token begins with the student's next one.
         shared_tokens: teacher tokens that are, byte for byte, student tokens. homeless_tokens: without any home.
         padded_rows: rows of the teacher's head behind its tokenizer's last entry, None without a teacher.
         homed_mass: the teacher's probability that has a home in the student's vocabulary, None without a teacher.
@@ -36,6 +38,8 @@ class Audit:
     aligned: float
     same_next: float
     bridged_next: float
+    taught: float
+    inside_next: float
     shared_tokens: int
     homeless_tokens: int
     padded_rows: int | None = None
@@ -45,17 +49,18 @@ class Audit:
     @property
     def recommendation(self) -> str:
         """Which way across the vocabularies, and why, in words."""
-        reach = self.aligned * self.bridged_next
+        reach = self.aligned * self.bridged_next + (self.taught - self.aligned) * self.inside_next
         figures = (
-            f"the teacher stands at the same byte at {self.aligned:.0%} of the student's positions, and there the "
-            f"byte-prefix bridge names the student's own next token in {self.bridged_next:.1%} of cases"
+            f"the teacher can be heard at {self.taught:.0%} of the student's positions ({self.aligned:.0%} where both "
+            f"stand at the same byte, the rest inside teacher tokens), and its own next token, carried over the "
+            f"byte-prefix bridge, is the student's at {reach:.0%} of all positions"
         )
         if self.aligned > 0.999 and self.same_next > 0.999:
             return f"kd_term(): both tokenizers cut this text alike, so the bridge is the identity ({figures})."
         if reach >= 0.6:
-            return f"kd_term(): {figures}, so the teacher is heard at {reach:.0%} of all positions."
+            return f"kd_term(): {figures}."
         return (
-            f"kd_term() with a doubtful outlook: {figures}; only {reach:.0%} of all positions are taught well. "
+            f"kd_term() with a doubtful outlook: {figures}. "
             "Look at the text (is it the language of both tokenizers?), or choose a teacher with a closer tokenizer."
         )
 
@@ -65,6 +70,8 @@ class Audit:
             ("aligned: both stand at one byte", f"{self.aligned:.1%}"),
             ("  of these: same next token", f"{self.same_next:.1%}"),
             ("  of these: bridge gives the student's next token", f"{self.bridged_next:.1%}"),
+            ("inside a teacher token, and taught", f"{self.taught - self.aligned:.1%}"),
+            ("  of these: bridge gives the student's next token", f"{self.inside_next:.1%}"),
             ("teacher tokens that the student has too", f"{self.shared_tokens:,}"),
             ("teacher tokens without a home", f"{self.homeless_tokens:,}"),
         ]
@@ -105,7 +112,7 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
     bridge = tokenizers.bridge
     table = bridge.table
     student_bytes, teacher_bytes = tokenizers.student_vocab.tokens, tokenizers.teacher_vocab.tokens
-    positions = aligned = same = bridged = 0
+    positions = aligned = same = bridged = taught = inside = 0
     homed: list[torch.Tensor] = []
     ks = [k for k in (8, 16, 32, 64, 128) if k <= bridge.student_size]
     kept = torch.zeros(len(ks), dtype=torch.float64)
@@ -113,14 +120,22 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
         rows = batch.aligned_rows
         positions += len(batch.rows)
         aligned += len(rows)
-        window = rows // batch.student_ids.shape[1]
-        at = window * batch.teacher_ids.shape[1] + batch.teacher_index.flatten()[rows]
+        at = _teacher_places(batch, rows)
         ours = batch.targets.flatten()[rows]
         theirs = batch.teacher_targets.flatten()[at]
         known = theirs != IGNORE
         ours, theirs = ours[known], theirs[known]
         bridged += int((table[theirs] == ours).sum())
         same += sum(student_bytes[s] == teacher_bytes[t] for s, t in zip(ours.tolist(), theirs.tolist(), strict=True))
+        taught += len(batch.taught_rows)
+        within = batch.prefix[:, 0] > 0
+        at_within = _teacher_places(batch, batch.taught_rows[within])
+        ours = batch.targets.flatten()[batch.taught_rows[within]]
+        theirs = batch.teacher_ids.flatten()[at_within + 1]
+        homes = [
+            int(bridge.homes(d)[t]) for d, t in zip(batch.prefix[within, 0].tolist(), theirs.tolist(), strict=True)
+        ]
+        inside += int((torch.tensor(homes, dtype=torch.int64) == ours).sum())
         if teacher is not None:
             probs = _bridged(teacher, batch, at, bridge)
             homed.append(1 - probs[:, -1])
@@ -132,12 +147,20 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
         aligned=aligned / positions,
         same_next=same / max(aligned, 1),
         bridged_next=bridged / max(aligned, 1),
+        taught=taught / positions,
+        inside_next=inside / max(taught - aligned, 1),
         shared_tokens=bridge.shared,
         homeless_tokens=int((table == bridge.student_size).sum()),
         padded_rows=None if teacher is None else head_of(teacher).weight.shape[0] - bridge.teacher_size,
         homed_mass=mass,
         kept_mass=None if teacher is None else dict(zip(ks, (kept / max(aligned, 1)).tolist(), strict=True)),
     )
+
+
+def _teacher_places(batch, rows: torch.Tensor) -> torch.Tensor:
+    """Flat teacher positions at or before flat student positions."""
+    window = rows // batch.student_ids.shape[1]
+    return window * batch.teacher_ids.shape[1] + batch.teacher_index.flatten()[rows]
 
 
 @torch.no_grad()

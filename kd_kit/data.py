@@ -164,6 +164,26 @@ class WindowSet(torch.utils.data.Dataset):
             ids, ends = np.concatenate([[start_id], ids]), np.concatenate([[0], ends])
         return ids, ends
 
+    def _prefixes(self, s_ends, t_ids, t_ends, matched, predicts) -> np.ndarray:
+        """For every position of a window but the last: depth and token range of ``DistillBatch.prefix``, [T - 1, 3].
+
+        Depth -1 where the teacher has nothing to say: no target, or its next token is a mark and not text.
+        """
+        vocab, bridge = self.pair.teacher_vocab, self.pair.bridge
+        out = np.zeros((len(predicts), 3), np.int64)
+        at = matched.teacher_index[:-1]
+        out[~predicts | (at < 0) | (at >= len(t_ids) - 1), 0] = -1
+        for i in np.flatnonzero((out[:, 0] == 0) & ~matched.aligned[:-1]):
+            token = int(t_ids[at[i] + 1])
+            # a token that was written with a space in front of the text has one byte more than it covers
+            unread = vocab.lengths[token] - (t_ends[at[i] + 1] - t_ends[at[i]])
+            depth = int(s_ends[i] - t_ends[at[i]] + unread)
+            if token in vocab.special or depth <= 0:
+                out[i, 0] = -1
+            else:
+                out[i] = (depth, *bridge.span(token, depth))
+        return out
+
     def collate(self, indices: Sequence[int]) -> DistillBatch:
         """The batch of these windows, padded on the right to the longest."""
         items = []
@@ -188,6 +208,7 @@ class WindowSet(torch.utils.data.Dataset):
         aligned = np.zeros((b, t), bool)
         span_student, span_teacher = np.zeros((b, c + 1), np.int64), np.zeros((b, c + 1), np.int64)
         span_mask = np.zeros((b, c), bool)
+        taught, prefix = np.zeros((b, t), bool), []
         for n, (s_ids, s_ends, t_ids, t_ends, matched, scored) in enumerate(items):
             i, j = len(s_ids), len(t_ids)
             student_ids[n, :i], teacher_ids[n, :j] = s_ids, t_ids
@@ -197,6 +218,9 @@ class WindowSet(torch.utils.data.Dataset):
             teacher_targets[n, : j - 1] = np.where(t_ends[:-1] >= scored, t_ids[1:], IGNORE)
             teacher_index[n, :i] = np.maximum(matched.teacher_index, 0)
             aligned[n, : i - 1] = matched.aligned[:-1] & predicts
+            found = self._prefixes(s_ends, t_ids, t_ends, matched, predicts)
+            taught[n, : i - 1] = found[:, 0] >= 0
+            prefix.append(found[found[:, 0] >= 0])
             if matched.spans:
                 k = matched.spans
                 span_student[n], span_teacher[n] = matched.student_boundaries[-1], matched.teacher_boundaries[-1]
@@ -213,6 +237,9 @@ class WindowSet(torch.utils.data.Dataset):
             aligned,
             np.flatnonzero(targets.ravel() != IGNORE),
             np.flatnonzero(aligned.ravel()),
+            taught,
+            np.flatnonzero(taught.ravel()),
+            np.concatenate(prefix),
             span_student,
             span_teacher,
             span_mask,

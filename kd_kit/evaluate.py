@@ -20,7 +20,7 @@ from kd_kit.head import LogitRows, body_of, head_losses, head_of
 from kd_kit.losses import cross_entropy, forward_kl
 from kd_kit.table import Table
 from kd_kit.teacher import LiveTeacher
-from kd_kit.types import IGNORE
+from kd_kit.types import IGNORE, TeacherSignal
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ def agreement(
                 continue
             batch = batch.to(device)
             signal = teacher.signal(batch)
+            aligned = batch.prefix[:, 0] == 0
+            signal = TeacherSignal(signal.ids[aligned], signal.log_probs[aligned], signal.tail[aligned])
             hidden = body_of(student)(input_ids=batch.student_ids, use_cache=False).last_hidden_state
             values = head_losses(
                 hidden.flatten(0, 1)[batch.aligned_rows],

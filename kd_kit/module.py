@@ -31,24 +31,36 @@ class DistillModule(nn.Module):
         self.terms = tuple(terms)
         self.parts = nn.ModuleDict({t.name: t.value for t in terms if isinstance(t.value, nn.Module)})
 
-    def forward(self, batch: DistillBatch, signal: TeacherSignal | None, scales: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: DistillBatch, signal: TeacherSignal | None, scales: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, and every term's sum over this batch.
 
+        Args:
+            scales: of every term, its weight over its count in the whole optimizer step. A term scaled by 0 is
+                measured and not differentiated.
+
         Shapes:
-            scales: [terms] float32, weight over the count of the whole optimizer step
-            returns: scalar ``(sums * scales).sum()``, and sums [terms] float32 without gradient
+            returns: scalar, the scaled sums added up; and sums [terms] float32 without gradient
+
+        Raises:
+            ValueError: the signal of another batch.
         """
+        if signal is not None and len(signal.tail) != len(batch.taught_rows):
+            raise ValueError(
+                f"DistillModule: expected a signal of {len(batch.taught_rows)} rows, one per taught position of the "
+                f"batch, got {len(signal.tail)}; pass the signal that the teacher made for this batch"
+            )
         hidden = body_of(self.student)(input_ids=batch.student_ids, use_cache=False).last_hidden_state
         output = StudentOutput(hidden, head_of(self.student))
         values = self._row_values(output, signal, batch)
         for term in self.terms:
             if term.value is not None:
                 values[term.name] = term.value(output, signal, batch)
-        sums = torch.stack([values[term.name].sum.float() for term in self.terms])
-        # a term that is scaled by 0 (no such position, weight 0) is left out: 0 times infinity is no number
-        used = scales != 0
-        total = torch.where(used, sums * torch.where(used, scales, torch.zeros_like(scales)), 0.0).sum()
-        return total, sums.detach()
+        sums = [values[term.name].sum.float() for term in self.terms]
+        used = [value * scale for value, scale in zip(sums, scales, strict=True) if scale != 0]
+        total = torch.stack(used).sum() if used else hidden.float().sum() * 0.0
+        return total, torch.stack(sums).detach()
 
     def _row_values(
         self, output: StudentOutput, signal: TeacherSignal | None, batch: DistillBatch
@@ -59,11 +71,12 @@ class DistillModule(nn.Module):
             return {}
         hidden = output.hidden.flatten(0, 1)[batch.rows]
         targets = batch.targets.flatten()[batch.rows]
-        aligned = batch.aligned.flatten()[batch.rows]
+        masks = {over: getattr(batch, over).flatten()[batch.rows] for over in ("aligned", "taught")}
+        taught = masks["taught"]
         cells = {}
         if signal is not None:
-            # the signal has a row per aligned position, the head a row per target: spread one over the other
-            place = torch.cumsum(aligned, 0) - 1
+            # the signal has a row per taught position, the head a row per target: spread one over the other
+            place = torch.cumsum(taught, 0) - 1
             place = place.clamp(min=0, max=max(len(signal.tail) - 1, 0))
             if len(signal.tail):
                 ids = signal.ids[place]
@@ -73,11 +86,10 @@ class DistillModule(nn.Module):
                 ids = torch.arange(k, device=hidden.device).expand(len(hidden), k)
                 known = hidden.new_full((len(hidden), k + 1), -torch.inf, dtype=torch.float32)
                 known[:, -1] = 0.0
-            cells = {"cell_ids": ids, "teacher_cells": known, "has_teacher": aligned}
+            cells = {"cell_ids": ids, "teacher_cells": known, "has_teacher": taught}
         values = head_losses(hidden, output.head, losses, targets=targets, **cells)
         out = {}
         for term in self.terms:
             if term.rows is not None:
-                mask = aligned if term.over == "aligned" else None
-                out[term.name] = masked_sum(values[term.name], mask)
+                out[term.name] = masked_sum(values[term.name], masks.get(term.over))
         return out

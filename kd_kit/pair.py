@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd_kit.vocab import Bridge, Vocabulary, build_bridge, read_vocabulary
+from kd_kit.inside import InsideBridge
+from kd_kit.vocab import Vocabulary, read_vocabulary
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,7 +23,7 @@ class TokenizerPair:
     student: object
     teacher_vocab: Vocabulary
     student_vocab: Vocabulary
-    bridge: Bridge
+    bridge: InsideBridge
     fingerprint: str = field(default="")
 
     def normalise(self, text: str) -> str:
@@ -72,5 +73,5 @@ def pair_tokenizers(teacher, student, *, teacher_name: str, student_name: str) -
         print_of.update(
             repr((sorted(vocab.special), vocab.start_id, vocab.end_id, vocab.forms, sorted(vocab.unused))).encode()
         )
-    bridge = build_bridge(teacher_vocab, student_vocab)
+    bridge = InsideBridge(teacher_vocab, student_vocab)
     return TokenizerPair(teacher, student, teacher_vocab, student_vocab, bridge, print_of.hexdigest())

@@ -14,12 +14,12 @@ from kd_kit.vocab import Bridge
 class LiveTeacher:
     """Runs the frozen teacher over a batch and hands its next-token distributions over in student terms.
 
-    Only the positions where both tokenizers stand at one byte pass the teacher's head. Its padded rows are cut off
-    before the softmax: no probability goes to tokens that do not exist.
+    Only the positions that it can teach pass the teacher's head, once each. Its padded rows are cut off before the
+    softmax: no probability goes to tokens that do not exist.
 
     Args:
         model: a frozen causal language model, see :func:`kd_kit.build_teacher`.
-        bridge: teacher vocabulary to student vocabulary.
+        bridge: teacher vocabulary to student vocabulary, at aligned positions and inside teacher tokens.
         top_k: K, kept cells per position.
 
     Raises:
@@ -40,20 +40,20 @@ class LiveTeacher:
         return next(self.model.parameters()).device
 
     def signal(self, batch: DistillBatch) -> TeacherSignal:
-        """The teacher's distribution at every aligned position of ``batch``, on the batch's device."""
+        """The teacher's distribution at every position of ``batch`` that it can teach, on the batch's device."""
         target = batch.student_ids.device
         ids, log_probs, tail = [], [], []
         with torch.inference_mode():
             batch = batch.to(self.device)
             hidden = body_of(self.model)(input_ids=batch.teacher_ids, use_cache=False).last_hidden_state
             width = batch.student_ids.shape[1]
-            window = batch.aligned_rows // width
-            positions = batch.teacher_index.flatten()[batch.aligned_rows]
+            window = batch.taught_rows // width
+            positions = batch.teacher_index.flatten()[batch.taught_rows]
             rows = hidden.flatten(0, 1)[window * batch.teacher_ids.shape[1] + positions]
             head = head_of(self.model).cut(self.bridge.teacher_size)
             for chunk in chunks(len(rows), head.chunk_rows()):
                 probs = torch.softmax(head.logits(rows[chunk]), dim=-1)
-                kept = top_k_cells(self.bridge.project(probs), self.top_k)
+                kept = top_k_cells(self.bridge.project_at(probs, batch.prefix[chunk]), self.top_k)
                 for whole, part in zip((ids, log_probs, tail), kept, strict=True):
                     whole.append(part)
             if not ids:

@@ -45,8 +45,8 @@ class LossTerm:
         source: where the range comes from.
         rows: a loss of one value per predicted token, served by the shared pass over the student's head. Either this
         value: or a function of the whole batch. If it is an ``nn.Module``, its parameters are trained with the student.
-        over: "targets" or "aligned": the positions that the sum runs over. They are counted from the batch alone,
-            so that the count of a whole optimizer step is known before its first backward pass.
+        over: "targets", "taught" or "aligned": the positions that the sum runs over. They are counted from the batch
+            alone, so that the count of a whole optimizer step is known before its first backward pass.
         top_k: kept cells of the teacher's distribution that the term needs; 0 if it needs no teacher.
     """
 
@@ -67,12 +67,15 @@ class LossTerm:
             raise ValueError(f"LossTerm {self.name!r}: expected either rows= or value=, got both or none")
         if not (self.weight >= 0 and self.weight < float("inf")):
             raise ValueError(f"LossTerm {self.name!r}: expected a weight of at least 0, got {self.weight}")
-        if self.over not in ("targets", "aligned"):
-            raise ValueError(f"LossTerm {self.name!r}: expected over='targets' or 'aligned', got {self.over!r}")
+        if self.over not in ("targets", "taught", "aligned"):
+            raise ValueError(
+                f"LossTerm {self.name!r}: expected over='targets', 'taught' or 'aligned', got {self.over!r}"
+            )
 
     def count(self, batch: DistillBatch) -> int:
         """Positions of ``batch`` that this term is averaged over; no device is asked."""
-        return len(batch.rows if self.over == "targets" else batch.aligned_rows)
+        rows = {"targets": batch.rows, "taught": batch.taught_rows, "aligned": batch.aligned_rows}
+        return len(rows[self.over])
 
     @property
     def meta(self) -> dict:
@@ -117,11 +120,13 @@ def kd_term(
     top_k: int = 64,
     divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl,
     temperature: float = 1.0,
+    inside: bool = True,
 ) -> LossTerm:
     """Divergence from the teacher's next-token distribution, over its top K cells and the tail.
 
-    The teacher's distribution crosses to the student's vocabulary by the byte-prefix bridge, at positions where both
-    tokenizers stand at the same byte.
+    The teacher's distribution crosses to the student's vocabulary by the byte-prefix bridge: as it is where both
+    tokenizers stand at the same byte, and as what is left of the teacher's next token where the student stands inside
+    it.
 
     Args:
         weight: share of the total relative to the other terms.
@@ -129,11 +134,13 @@ def kd_term(
         divergence: a function of :mod:`kd_kit.losses`: ``forward_kl``, ``reverse_kl``, ``jensen_shannon``, ``skew_kl``.
         temperature: T. The gradient is that of T^2 times the divergence at T; the reported value is always the one
             at T = 1, in nats, so that runs at different temperatures can be compared.
+        inside: teach inside teacher tokens too; otherwise only where both stand at the same byte.
 
     Raises:
         ValueError: ``top_k`` below 1 or ``temperature`` not positive.
 
-    Source: Hinton, Vinyals, Dean 2015, section 2; the bridge: :func:`kd_kit.vocab.build_bridge`
+    Source: Hinton, Vinyals, Dean 2015, section 2; the bridge: :func:`kd_kit.vocab.build_bridge` and
+        :class:`kd_kit.inside.InsideBridge`
     """
     if top_k < 1:
         raise ValueError(f"kd_term: expected top_k of at least 1, got {top_k}")
@@ -159,6 +166,6 @@ def kd_term(
         impossible_above=10.0,
         source="0.5-3 at the start for pretrained students, up to 8 for untrained ones; 0.1-3 later",
         rows=kd_rows,
-        over="aligned",
+        over="taught" if inside else "aligned",
         top_k=top_k,
     )

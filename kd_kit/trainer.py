@@ -265,10 +265,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
         counts = [sum(term.count(b) for b in batches) for term in self.terms]
-        scales = torch.tensor(
-            [shares[t.name] / c if c else 0.0 for t, c in zip(self.terms, counts, strict=True)],
-            device=self.session.device,
-        )
+        scales = [shares[t.name] / c if c else 0.0 for t, c in zip(self.terms, counts, strict=True)]
         self.optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
         sums = torch.zeros(len(self.terms), device=self.session.device)
         tail = torch.zeros((), device=self.session.device)
@@ -292,6 +289,7 @@ class Trainer:
         self.step += 1
         predicted = sum(len(b.rows) for b in batches)
         aligned = sum(len(b.aligned_rows) for b in batches)
+        taught = sum(len(b.taught_rows) for b in batches)
         self.tokens += predicted
         record = {
             "kind": "train",
@@ -300,11 +298,13 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds + time.monotonic() - started,
             "shares": shares,
+            "taught_positions": taught,
             "counts": dict(zip((t.name for t in self.terms), counts, strict=True)),
             "lr": {"student": rate} | ({"parts": rate * _PARTS_RATE} if self.module.parts else {}),
             "skipped_steps": self.skipped_steps,
             "tokens_per_second": predicted / max(time.monotonic() - started, 1e-9),
             "aligned_share": aligned / max(predicted, 1),
+            "taught_share": taught / max(predicted, 1),
         }
         self._pending.append((record, torch.cat([sums, torch.stack([norm.float().to(sums.device), tail])])))
 
@@ -329,8 +329,8 @@ class Trainer:
             record["terms"] = terms
             record["total"] = sum(t["contribution"] for t in terms.values() if t["contribution"] is not None)
             record["grad_norm"] = norm
-            aligned = max((counts[t.name] for t in self.terms if t.over == "aligned"), default=0)
-            record["tail_mass"] = tail / aligned if aligned else None
+            taught = record.pop("taught_positions")
+            record["tail_mass"] = tail / taught if taught and self.teacher is not None else None
             self.history.append(record)
         self._pending.clear()
         self._tell("on_log")

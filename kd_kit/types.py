@@ -7,7 +7,7 @@ Axes, used in every docstring and shape comment:
     S  teacher positions             K  kept cells of a teacher distribution
     C  spans between two common byte boundaries
     D  student width                 E  teacher width
-    N  student positions of a batch that predict a token ("rows")
+    N  student positions of a batch that predict a token ("rows"), M those of them that the teacher can teach
 
 A *position* is named after what it predicts: position ``i`` has read tokens ``0..i``, stands at the byte
 where token ``i`` ends, and predicts token ``i + 1``. Targets are shifted once, where the batch is built.
@@ -80,7 +80,11 @@ class DistillBatch(_OnDevice):
         aligned: [B, T] bool, a target is there and the teacher stands at the same byte.
         rows: [N] int64, flat indices (b * T + t) of the positions with a target, made on the host so that no
             step waits for the device to count them.
-        aligned_rows: [M] int64, those of them that are aligned.
+        aligned_rows: [A] int64, those of them that are aligned.
+        taught: [B, T] bool, a target is there and the teacher can be heard: aligned, or inside a teacher token.
+        taught_rows: [M] int64, the flat indices of these.
+        prefix: [M, 3] int64, for each of these the bytes read since the teacher's boundary (0 where aligned) and the
+            range of teacher tokens that begin with them, see :meth:`kd_kit.inside.InsideBridge.span`.
         span_student: [B, C + 1] int64, ``Alignment.student_boundaries``, padded with its last entry.
         span_teacher: [B, C + 1] int64.
         span_mask: [B, C] bool.
@@ -96,6 +100,9 @@ class DistillBatch(_OnDevice):
     aligned: Tensor
     rows: Tensor
     aligned_rows: Tensor
+    taught: Tensor
+    taught_rows: Tensor
+    prefix: Tensor
     span_student: Tensor
     span_teacher: Tensor
     span_mask: Tensor
@@ -116,7 +123,7 @@ class TeacherSignal(_OnDevice):
     A loss never learns whether it was computed just now or read from a cache, nor which tokenizer the teacher had.
 
     Attributes:
-        ids: [M, K] int64, student tokens that keep a cell of their own, one row per entry of ``aligned_rows``.
+        ids: [M, K] int64, student tokens that keep a cell of their own, one row per entry of ``taught_rows``.
         log_probs: [M, K] float32, log of the teacher's probability of that cell in nats; -inf marks an unused cell.
         tail: [M] float32, log of all the mass that has no cell: below the top K, or without a home in the
             student's vocabulary. ``exp(log_probs).sum(-1) + exp(tail) == 1``.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +67,11 @@ class Vocabulary:
     @property
     def size(self) -> int:
         return len(self.tokens)
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return int(self.lengths.max())
 
     def normalise(self, text: str) -> str:
         """The text as this tokenizer reads it."""
@@ -237,6 +243,24 @@ class Bridge:
         out = probs.new_zeros(probs.shape[0], self.student_size + 1, dtype=torch.float32)
         return out.index_add_(1, self.table.to(probs.device), probs.float())
 
+    def project_at(self, probs: Tensor, prefix: Tensor) -> Tensor:
+        """:meth:`project` at the positions of a batch, where this table alone knows the aligned ones.
+
+        Shapes:
+            probs: [n, U] float
+            prefix: [n, 3] int64, rows of ``DistillBatch.prefix``
+            returns: [n, V' + 1] float32
+
+        Raises:
+            ValueError: a position inside a teacher token.
+        """
+        if (prefix[:, 0] > 0).any():
+            raise ValueError(
+                "Bridge.project_at: expected aligned positions, got one inside a teacher token; use the bridge of "
+                "build_tokenizers, which knows the tokens' bytes"
+            )
+        return self.project(probs)
+
     def __repr__(self) -> str:
         homeless = int((self.table == self.student_size).sum())
         return (
@@ -270,20 +294,33 @@ def build_bridge(teacher: Vocabulary, student: Vocabulary, specials: dict[int, i
         ids = torch.arange(student.size)
         return Bridge(torch.where(real, ids, student.size), student.size, int(real.sum()))
     specials = special_map(teacher, student) if specials is None else specials
+    table = homes_of(teacher.tokens, student)
+    for t in teacher.special:
+        table[t] = specials.get(t, student.size)
+    shared = sum(
+        int(home) < student.size and student.tokens[home] == token
+        for t, (token, home) in enumerate(zip(teacher.tokens, table.tolist(), strict=True))
+        if t not in teacher.special
+    )
+    return Bridge(table, student.size, shared)
+
+
+def homes_of(tokens: Sequence[bytes], student: Vocabulary) -> Tensor:
+    """The longest student token that each byte string begins with, ``student.size`` where there is none.
+
+    Shapes:
+        tokens: n byte strings
+        returns: [n] int64
+    """
     home: dict[bytes, int] = {}
     for i, token in enumerate(student.tokens):
-        if token and i not in student.special and i not in student.unused:
+        if i not in student.special and i not in student.unused:
             home.setdefault(token, i)
-    table = np.full(teacher.size, student.size, dtype=np.int64)
-    shared = 0
-    for t, token in enumerate(teacher.tokens):
-        if t in teacher.special:
-            table[t] = specials.get(t, student.size)
-            continue
-        for n in range(len(token), 0, -1):
+    out = torch.full((len(tokens),), student.size, dtype=torch.int64)
+    for t, token in enumerate(tokens):
+        for n in range(min(len(token), student.longest), 0, -1):
             found = home.get(token[:n])
             if found is not None:
-                table[t] = found
-                shared += n == len(token)
+                out[t] = found
                 break
-    return Bridge(torch.from_numpy(table), student.size, shared)
+    return out

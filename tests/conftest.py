@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is first imported: no test asks the network
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -126,6 +127,9 @@ def collate_by_hand(
         aligned,
         torch.flatten(targets != IGNORE).nonzero().squeeze(-1),
         torch.flatten(aligned).nonzero().squeeze(-1),
+        aligned,  # no vocabulary here: only aligned positions can be taught
+        torch.flatten(aligned).nonzero().squeeze(-1),
+        torch.zeros(int(aligned.sum()), 3, dtype=torch.long),
         span_student,
         span_teacher,
         span_mask,
@@ -182,3 +186,16 @@ def embedded_batch(embedded_pair):
         start = embedded_pair.student_vocab.start_id, embedded_pair.teacher_vocab.start_id
         items.append(([start[0], *s.tolist()], [0, *s_len.tolist()], [start[1], *t.tolist()], [0, *t_len.tolist()]))
     return collate_by_hand(items)
+
+
+def untaught(batch: DistillBatch) -> DistillBatch:
+    """The same batch of a pair of tokenizers that never meet: no position can be taught."""
+    none = torch.zeros(0, dtype=torch.long)
+    return dataclasses.replace(
+        batch,
+        aligned=torch.zeros_like(batch.aligned),
+        aligned_rows=none,
+        taught=torch.zeros_like(batch.taught),
+        taught_rows=none,
+        prefix=none.reshape(0, 3),
+    )

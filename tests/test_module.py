@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import build_tiny, collate_by_hand, random_items
+from conftest import build_tiny, collate_by_hand, random_items, untaught
 from torch import nn
 
 from kd_kit.losses import cross_entropy, forward_kl, jensen_shannon, reverse_kl, skew_kl, tempered
@@ -285,9 +285,7 @@ def test_terms_may_be_absent(items, teacher, names):
 
 def test_a_batch_with_nothing_aligned_is_a_finite_step(items, teacher):
     batch = collate_by_hand(items)
-    none = dataclasses.replace(
-        batch, aligned=torch.zeros_like(batch.aligned), aligned_rows=torch.zeros(0, dtype=torch.long)
-    )
+    none = untaught(batch)
     terms = [lm_term(0.3), kd_term(0.7, top_k=6, temperature=2.0)]
     module = DistillModule(student(), terms)
     # the rest of the step may have aligned positions, so the scale of the term need not be 0
@@ -308,9 +306,7 @@ def test_a_loss_that_never_asks_where_the_teacher_is_stays_finite(items, teacher
         return reverse_kl(tempered(rows.student, 2.0), tempered(rows.teacher, 2.0))
 
     batch = collate_by_hand(items)
-    none = dataclasses.replace(
-        batch, aligned=torch.zeros_like(batch.aligned), aligned_rows=torch.zeros(0, dtype=torch.long)
-    )
+    none = untaught(batch)
     terms = [LossTerm(name="own", weight=1.0, unit="-", healthy=(0, 9), rows=careless, over="aligned", top_k=6)]
     module = DistillModule(student(), terms)
     _, sums, grads = step(module, [none], [teacher.signal(none)], scales_of(terms, [batch]))

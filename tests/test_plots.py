@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from kd_kit.history import History
 from kd_kit.drawing import decimate, term_styles
+from kd_kit.history import History
 from kd_kit.plots import figure_png, loss_figure, loss_table
 from kd_kit.table import Table, plain, short
 

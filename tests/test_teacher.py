@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import build_tiny, collate_by_hand, random_items
+from conftest import build_tiny, collate_by_hand, random_items, untaught
 
 from kd_kit.head import head_of
 from kd_kit.losses import student_cells
@@ -247,9 +247,7 @@ def test_the_batch_is_left_alone(tiny_models, hand):
 
 def test_nothing_aligned_is_an_empty_signal(tiny_models, hand):
     batch, bridge = hand
-    none = dataclasses.replace(
-        batch, aligned=torch.zeros_like(batch.aligned), aligned_rows=torch.zeros(0, dtype=torch.long)
-    )
+    none = untaught(batch)
     signal = LiveTeacher(tiny_models["llama"], bridge, top_k=6).signal(none)
     assert (signal.ids.shape, signal.log_probs.shape, signal.tail.shape) == ((0, 6), (0, 6), (0,))
     assert (signal.ids.dtype, signal.log_probs.dtype, signal.tail.dtype) == (torch.int64, torch.float32, torch.float32)

@@ -31,7 +31,7 @@ def nothing(output: StudentOutput, signal, batch) -> LossValue:
         ({"value": nothing, "weight": -0.1}, "weight of at least 0, got -0.1"),
         ({"value": nothing, "weight": math.nan}, "weight of at least 0, got nan"),
         ({"value": nothing, "weight": math.inf}, "weight of at least 0, got inf"),
-        ({"value": nothing, "over": "spans"}, "over='targets' or 'aligned', got 'spans'"),
+        ({"value": nothing, "over": "spans"}, "over='targets', 'taught' or 'aligned', got 'spans'"),
     ],
 )
 def test_terms_that_cannot_work_are_refused(arguments, said):
@@ -49,7 +49,10 @@ def test_kd_terms_that_cannot_work_are_refused(arguments):
 
 def test_a_term_counts_its_positions_from_the_batch_alone():
     batch = small_data().train.collate([0, 1])
-    assert lm_term().count(batch) == len(batch.rows) > kd_term().count(batch) == len(batch.aligned_rows) > 0
+    assert lm_term().count(batch) == len(batch.rows)
+    assert kd_term().count(batch) == len(batch.taught_rows)
+    assert kd_term(inside=False).count(batch) == len(batch.aligned_rows)
+    assert len(batch.rows) >= len(batch.taught_rows) > len(batch.aligned_rows) > 0
 
 
 def sums_of(terms, student=None, batch=None) -> tuple[dict[str, float], list[int]]:

@@ -355,6 +355,7 @@ def test_records_are_complete(tmp_path):
             "skipped_steps",
             "tokens_per_second",
             "aligned_share",
+            "taught_share",
             "tail_mass",
         }
         batch = next(small_data().batches(0, [record["step"] - 1]))
@@ -362,6 +363,7 @@ def test_records_are_complete(tmp_path):
         assert record["tokens"] == tokens
         assert record["epoch"] == pytest.approx(record["step"] / small_data().batches_per_epoch)
         assert record["aligned_share"] == pytest.approx(len(batch.aligned_rows) / len(batch.rows))
+        assert record["taught_share"] == pytest.approx(len(batch.taught_rows) / len(batch.rows))
         assert 0 < record["tail_mass"] < 1
         assert record["grad_norm"] > 0
         assert record["lr"]["parts"] == pytest.approx(5 * record["lr"]["student"])
@@ -370,7 +372,7 @@ def test_records_are_complete(tmp_path):
             assert set(term) == {"value", "weight", "contribution", "count"}
             assert term["contribution"] == pytest.approx(term["weight"] * term["value"])
         assert record["total"] == pytest.approx(sum(t["contribution"] for t in record["terms"].values()))
-        assert record["terms"]["kd"]["count"] == len(batch.aligned_rows)
+        assert record["terms"]["kd"]["count"] == len(batch.taught_rows)
     assert trainer.history.evaluations()[0] == [0, 4, 8, 12, 13]
     assert set(trainer.history.references()) == {"teacher"}
     assert [e["what"] for e in trainer.history.events] == ["stopped", "saved"]
@@ -452,7 +454,7 @@ def test_a_term_of_weight_zero_is_shown_and_teaches_nothing(tmp_path, monkeypatc
     assert record["terms"]["kd"]["contribution"] == 0
 
 
-def test_a_batch_without_one_aligned_position_teaches_by_the_text_alone(tmp_path, monkeypatch):
+def test_a_batch_without_one_taught_position_teaches_by_the_text_alone(tmp_path, monkeypatch):
     """The teacher then has no row to give; nothing is divided by zero."""
     data = build_data(pages(4, 200), pair(), held_out=[pages()[0]], window=32, batch_size=1)
     collate = type(data.train).collate
@@ -461,7 +463,8 @@ def test_a_batch_without_one_aligned_position_teaches_by_the_text_alone(tmp_path
         batch = collate(self, indices)
         if self is not data.train:
             return batch
-        changed = {"aligned": torch.zeros_like(batch.aligned), "aligned_rows": batch.aligned_rows[:0]}
+        changed = {name: torch.zeros_like(batch.aligned) for name in ("aligned", "taught")}
+        changed |= {name: getattr(batch, name)[:0] for name in ("aligned_rows", "taught_rows", "prefix")}
         return type(batch)(**{n: changed.get(n, getattr(batch, n)) for n in batch.__dataclass_fields__})
 
     monkeypatch.setattr(type(data.train), "collate", nowhere)
@@ -495,7 +498,7 @@ class FromTeacher(nn.Module):
 
     def forward(self, output, signal, batch):
         wanted = self.projector(signal.log_probs.clamp(min=-20))
-        error = (output.hidden.flatten(0, 1)[batch.aligned_rows].float() - wanted.float()) ** 2
+        error = (output.hidden.flatten(0, 1)[batch.taught_rows].float() - wanted.float()) ** 2
         return LossValue(error.mean(-1).sum(), torch.tensor(float(len(wanted))))
 
 
@@ -505,7 +508,7 @@ def test_a_half_precision_teacher_and_float32_parts_work_everywhere(tmp_path, pr
     half = teacher(dtype)
     assert next(half.parameters()).dtype == dtype
     projected = LossTerm(
-        name="projected", weight=0.1, unit="", healthy=(0, 1), value=FromTeacher(), over="aligned", top_k=8
+        name="projected", weight=0.1, unit="", healthy=(0, 1), value=FromTeacher(), over="taught", top_k=8
     )
     terms = [lm_term(0.2), kd_term(0.7, top_k=8), projected]
     trainer = make_trainer(

@@ -120,7 +120,7 @@ def train_teacher(texts: list[str], folder: Path, steps: int) -> dict[str, Any]:
         for path in sorted(Path(fresh).iterdir()):
             path.chmod(0o644)  # safetensors writes for the owner only
             path.replace(folder / path.name)  # whoever reads meanwhile sees the old file or the new
-    return {"parameters": model.num_parameters(), "training tokens": len(stream)}
+    return {"parameters": model.num_parameters(), "tokens of the teacher's text": len(stream)}
 
 
 def state_both_names(path: Path, old: str, new: str) -> None:
@@ -135,7 +135,7 @@ def measure(texts: dict[str, list[str]], out: Path) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from kd_kit.offline.pretrain import bits_per_byte
+    from kd_kit.offline.pretrain import bits_per_byte, expert_shares
 
     held_out = [text for novel in PARTS["held_out"] for text in texts[novel]]
     known = texts["sense_and_sensibility"]
@@ -151,6 +151,9 @@ def measure(texts: dict[str, list[str]], out: Path) -> dict[str, float]:
     for title, part in (("Persuasion (held out)", held_out), ("Sense and Sensibility (trained on)", known)):
         bits = bits_per_byte(model, tokenizer, part, start=start)
         figures[f"teacher: bits per byte, {title}"] = round(bits, 4)
+    shares = expert_shares(model, tokenizer, held_out, start=start)
+    for layer, working in enumerate((shares > 0.01).sum(-1).tolist()):
+        figures[f"teacher: experts with over 1% of the choices, layer {layer}, Persuasion"] = working
     return figures
 
 

@@ -114,3 +114,22 @@ def bits_per_byte(
             logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
             nats += torch.nn.functional.cross_entropy(logits, piece, reduction="sum").item()
     return nats / math.log(2) / size
+
+
+@torch.no_grad()
+def expert_shares(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], *, start: int) -> Tensor:
+    """Share of the router's choices that each expert gets, per layer, in the first 1,000 tokens of each text.
+
+    The model's own balance loss pools all layers: it is content with layers that each leave experts idle.
+
+    Shapes:
+        returns: [L, X], rows sum to 1
+    """
+    counts = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
+    for text in texts:
+        ids = torch.tensor([[start, *tokenizer(text, add_special_tokens=False)["input_ids"][:1000]]])
+        rows = model(input_ids=ids, use_cache=False, output_router_logits=True).router_logits
+        for layer, row in enumerate(rows):
+            chosen = row.topk(model.config.num_experts_per_tok).indices.flatten()
+            counts[layer] += torch.bincount(chosen, minlength=model.config.num_experts)
+    return counts / counts.sum(-1, keepdim=True)

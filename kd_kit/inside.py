@@ -1,0 +1,87 @@
+"""The teacher at positions inside one of its own tokens.
+
+Where the student stands between two boundaries of the teacher, the teacher has made no prediction. But it has
+predicted the whole token: given that its first bytes are what the text has, the rest of it is a distribution over
+what the student may say next.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import torch
+from torch import Tensor
+
+from kd_kit.vocab import Bridge, Vocabulary, build_bridge, homes_of
+
+
+class InsideBridge(Bridge):
+    """A bridge that also carries teacher probabilities to positions inside a teacher token.
+
+    At a position that has read the bytes ``u`` since the teacher's last boundary, with ``p`` the teacher's
+    distribution there:
+
+        q(v) = sum of p(t) over {t : t starts with u, home(t after u) = v}  /  sum of p(t) over {t : t starts with u}
+
+    With ``u`` empty, as at an aligned position, this is :meth:`Bridge.project`. A token that ends exactly with ``u``
+    says nothing about what follows: its mass goes to the tail, as does all that has no home.
+
+    Source: byte-prefix marginalisation, https://arxiv.org/abs/2607.22334
+    """
+
+    def __init__(self, teacher: Vocabulary, student: Vocabulary):
+        plain = build_bridge(teacher, student)
+        super().__init__(plain.table, plain.student_size, plain.shared)
+        text = [t for t in range(teacher.size) if teacher.tokens[t] and t not in teacher.special]
+        order = sorted(text, key=teacher.tokens.__getitem__)
+        rank = torch.full((teacher.size,), -1)  # special tokens continue no text
+        rank[torch.tensor(order)] = torch.arange(len(order))
+        own = {
+            "_tokens": teacher.tokens,
+            "_student": student,
+            "_sorted": [teacher.tokens[t] for t in order],
+            "_rank": rank,
+            "_homes": {},  # both filled as text asks for them
+            "_spans": {},
+        }
+        for name, value in own.items():  # the dataclass above is frozen
+            object.__setattr__(self, name, value)
+
+    def span(self, token: int, depth: int) -> tuple[int, int]:
+        """The tokens that start with the first ``depth`` bytes of ``token``, as a range of ranks in byte order."""
+        found = self._spans.get((token, depth))
+        if found is None:
+            prefix = self._tokens[token][:depth]
+            found = bisect_left(self._sorted, prefix), bisect_left(self._sorted, _after(prefix))
+            self._spans[token, depth] = found
+        return found
+
+    def homes(self, depth: int) -> Tensor:
+        """[U] int64, the student's home of every teacher token without its first ``depth`` bytes."""
+        if depth not in self._homes:
+            self._homes[depth] = homes_of([token[depth:] for token in self._tokens], self._student)
+        return self._homes[depth]
+
+    def project_at(self, probs: Tensor, prefix: Tensor) -> Tensor:
+        """As :meth:`Bridge.project_at`, at aligned positions and inside teacher tokens."""
+        out = probs.new_zeros(probs.shape[0], self.student_size + 1, dtype=torch.float32)
+        rank = self._rank.to(probs.device)
+        depth, first, last = prefix.unbind(-1)
+        for d in depth.unique().tolist():
+            rows = (depth == d).nonzero().squeeze(-1)
+            if d == 0:
+                out[rows] = self.project(probs[rows])
+                continue
+            fits = (rank >= first[rows, None]) & (rank < last[rows, None])
+            kept = torch.where(fits, probs[rows].float(), 0.0)
+            # the floor is far below what any loss can see, and keeps a teacher that gives 0 to all of them finite
+            kept = kept / kept.sum(-1, keepdim=True).clamp(min=1e-30)
+            moved = kept.new_zeros(len(rows), self.student_size + 1)
+            out[rows] = moved.index_add_(1, self.homes(d).to(probs.device), kept)
+        return out
+
+
+def _after(prefix: bytes) -> bytes:
+    """A byte string that is larger than all tokens that start with ``prefix`` and no larger than any other."""
+    kept = prefix.rstrip(b"\xff")  # UTF-8 has no such byte, a vocabulary may
+    return kept[:-1] + bytes([kept[-1] + 1]) if kept else prefix + b"\xff" * 256

@@ -21,36 +21,50 @@ def one_window():
 
 
 def naive(data):
-    """(positions, aligned, same, bridged, probabilities at the aligned positions) of the only window, by bytes."""
+    """Counts over the only window, by bytes alone, and the teacher's probabilities at the aligned positions.
+
+    The counts: positions, aligned, same next token, bridge right there, inside a teacher token, bridge right there.
+    """
     batch = data.train.collate([0])
     student, other = pair().student_vocab, pair().teacher_vocab
     ours, theirs = batch.student_ids[0].tolist(), batch.teacher_ids[0].tolist()
     with torch.no_grad():
         logits = teacher()(input_ids=batch.teacher_ids).logits[0, :, : other.size].float()
-    positions = aligned = same = bridged = 0
+    positions = aligned = same = bridged = inside = continued = 0
     rows = []
+
+    def home(said: bytes) -> bytes | None:
+        """The longest student token that ``said`` begins with."""
+        return max((t for t in student.tokens if t and said.startswith(t)), key=len, default=None)
+
     for i in range(len(ours) - 1):
         positions += 1
         read = student.bytes_of(ours[1 : i + 1])
+        ours_next = student.tokens[ours[i + 1]]
         for j in range(len(theirs) - 1):
-            if other.bytes_of(theirs[1 : j + 1]) == read:
+            known, theirs_next = other.bytes_of(theirs[1 : j + 1]), other.tokens[theirs[j + 1]]
+            if known == read:
                 aligned += 1
                 rows.append(torch.softmax(logits[j], -1))
-                ours_next, theirs_next = student.tokens[ours[i + 1]], other.tokens[theirs[j + 1]]
                 same += ours_next == theirs_next
-                home = max((t for t in student.tokens if t and theirs_next.startswith(t)), key=len, default=None)
-                bridged += home == ours_next
-    return positions, aligned, same, bridged, torch.stack(rows)
+                bridged += home(theirs_next) == ours_next
+            elif len(known) < len(read) < len(known + theirs_next):
+                inside += 1
+                continued += home(theirs_next[len(read) - len(known) :]) == ours_next
+    return positions, aligned, same, bridged, inside, continued, torch.stack(rows)
 
 
 def test_shares_are_those_of_a_naive_loop(one_window):
-    positions, aligned, same, bridged, probs = naive(one_window)
+    positions, aligned, same, bridged, inside, continued, probs = naive(one_window)
     assert 0 < same < bridged <= aligned < positions
+    assert 0 < continued <= inside
     found = audit(pair(), one_window, teacher())
     assert found.positions == positions
     assert found.aligned == pytest.approx(aligned / positions)
     assert found.same_next == pytest.approx(same / aligned)
     assert found.bridged_next == pytest.approx(bridged / aligned)
+    assert found.taught == pytest.approx((aligned + inside) / positions)
+    assert found.inside_next == pytest.approx(continued / inside)
     projected = pair().bridge.project(probs)
     assert found.homed_mass == pytest.approx(float(projected[:, :-1].sum(-1).mean()), abs=1e-5)
     assert list(found.kept_mass) == [8, 16, 32, 64, 128]
@@ -65,7 +79,7 @@ def test_shares_are_those_of_a_naive_loop(one_window):
 def test_without_a_teacher_there_are_no_masses():
     found = audit(pair(), small_data())
     assert found.padded_rows is found.homed_mass is found.kept_mass is None
-    assert 0.5 < found.aligned < 1
+    assert 0.5 < found.aligned < found.taught <= 1
     assert 0 < found.same_next <= found.bridged_next <= 1
 
 
@@ -79,12 +93,13 @@ def test_the_same_tokenizer_twice_is_the_identity():
 def test_the_recommendation_gives_its_reason():
     found = audit(pair(), small_data())
     assert found.recommendation.startswith("kd_term(): ")
-    for figure in (f"{found.aligned:.0%}", f"{found.bridged_next:.1%}", f"{found.aligned * found.bridged_next:.0%}"):
+    reach = found.aligned * found.bridged_next + (found.taught - found.aligned) * found.inside_next
+    for figure in (f"{found.aligned:.0%}", f"{found.taught:.0%}", f"{reach:.0%}"):
         assert figure in found.recommendation
-    poor = dataclasses.replace(found, aligned=0.4, bridged_next=0.9)
+    poor = dataclasses.replace(found, aligned=0.4, bridged_next=0.9, taught=0.5, inside_next=0.5)
     assert "doubtful outlook" in poor.recommendation
-    assert "40%" in poor.recommendation
-    assert "only 36%" in poor.recommendation
+    for figure in ("40%", "50%", "41% of all positions"):
+        assert figure in poor.recommendation
 
 
 def test_data_of_another_pair_are_refused():

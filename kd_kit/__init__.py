@@ -1,12 +1,11 @@
 """kd_kit: distil a language model into a smaller one with another tokenizer, cell by cell, and see why it learns."""
 
 from kd_kit import losses
-from kd_kit.audit import audit
 from kd_kit.callbacks import Callback
 from kd_kit.checkpoint import inspect_checkpoint
 from kd_kit.dashboard import build_dashboard
 from kd_kit.data import build_data
-from kd_kit.evaluate import agreement, evaluate, score
+from kd_kit.evaluation import agreement, evaluate, score
 from kd_kit.models import build_student, build_teacher, build_tokenizers, export
 from kd_kit.plots import loss_figure, loss_table
 from kd_kit.sample import compare_text
@@ -14,6 +13,7 @@ from kd_kit.session import build_session
 from kd_kit.stages import LearningRate, Schedule, constant, piecewise
 from kd_kit.terms import LossTerm, kd_term, lm_term
 from kd_kit.trainer import build_trainer
+from kd_kit.vocabulary_audit import audit
 
 __version__ = "0.1.0"
 

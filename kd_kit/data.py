@@ -76,6 +76,13 @@ def read_texts(texts: Iterable, *, column: str = "text", maximum: int | None = N
         report.read += 1
         if columns is not None:
             value = value[column]
+        elif isinstance(value, dict):  # a streamed data set that does not know its columns beforehand
+            if column not in value:
+                raise ValueError(
+                    f"build_data: expected a column {column!r}, got a row with {', '.join(map(str, value))}; "
+                    "pass column= with the one that holds the text"
+                )
+            value = value[column]
         if value is None:
             report.refuse("missing", row)
         elif not isinstance(value, str):
@@ -311,6 +318,7 @@ class DistillData:
             collate_fn=self.train.collate,
             num_workers=workers,
             generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
         )
         yield from loader
 
@@ -318,9 +326,10 @@ class DistillData:
     def fingerprint(self) -> str:
         """Hash of everything that decides which batch is which: tokens, windows, sizes."""
         digest = hashlib.sha256(f"{self.window} {self.batch_size} {self.pair.fingerprint}".encode())
-        digest.update(np.ascontiguousarray(self.train.table).tobytes())
-        for document in self.train.documents:
-            digest.update(document.student_ids.tobytes() + document.teacher_ids.tobytes())
+        for windows in (self.train, self.held_out):
+            digest.update(np.ascontiguousarray(windows.table).tobytes())
+            for document in windows.documents:
+                digest.update(document.student_ids.tobytes() + document.teacher_ids.tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:

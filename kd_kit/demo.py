@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kd_kit import offline
 from kd_kit.data import build_data
-from kd_kit.evaluate import Report, evaluate
+from kd_kit.evaluation import Report, evaluate
 from kd_kit.models import build_student, build_teacher, build_tokenizers
 from kd_kit.session import build_session
 from kd_kit.terms import kd_term, lm_term

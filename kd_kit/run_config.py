@@ -8,7 +8,8 @@ from pathlib import Path
 # A run that goes on with another value of these would not be the same run.
 _FIXED = {
     "tokenizers": "the tokenizers",
-    "data": "the text, its windows or the batch size",
+    "data": "the text, its windows, the held-out text or the batch size",
+    "teacher": "the teacher",
     "student": "the student's shapes",
     "terms": "the loss terms",
     "seed": "the seed",
@@ -19,12 +20,19 @@ _FIXED = {
 def run_config(trainer) -> dict:
     """The configuration of a run as plain JSON."""
     shapes = {name: list(p.shape) for name, p in trainer.module.named_parameters()}
+    teacher = None
+    if trainer.teacher is not None:  # the same in any precision, and wherever it is kept
+        model = trainer.teacher.model
+        teacher = f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters"
     return {
         "tokenizers": trainer.data.pair.fingerprint,
         "data": trainer.data.fingerprint,
+        "teacher": teacher,
         "student": shapes,
         "terms": [t.name for t in trainer.terms],
-        "weights": {t.name: t.weight for t in trainer.terms},
+        **{f"{t.name}.{k}": v for t in trainer.terms for k, v in ({"weight": t.weight} | dict(t.settings)).items()},
+        "schedule": repr(trainer.schedule),
+        "rates": repr(trainer.lr_schedule),
         "steps": trainer.total_steps,
         **trainer.settings,
     }

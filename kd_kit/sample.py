@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kd_kit.evaluate import evaluating
+from kd_kit.evaluation import evaluating
 from kd_kit.vocab import read_vocabulary
 
 
@@ -60,7 +60,7 @@ def compare_text(
         draw = {"do_sample": temperature > 0}
         if temperature > 0:
             draw |= {"temperature": temperature, "top_p": 0.95}
-        with evaluating(model), torch.random.fork_rng():
+        with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             out = model.generate(
                 given,

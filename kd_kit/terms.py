@@ -5,8 +5,8 @@ A term is a plain object with a function in it. Write your own by building a :cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class LossTerm:
         over: "targets", "taught" or "aligned": the positions that the sum runs over. They are counted from the batch
             alone, so that the count of a whole optimizer step is known before its first backward pass.
         top_k: kept cells of the teacher's distribution that the term needs; 0 if it needs no teacher.
+        settings: what else shapes the term, as plain values, for the run's record.
     """
 
     name: str
@@ -61,6 +62,7 @@ class LossTerm:
     value: ValueLoss | nn.Module | None = None
     over: str = "targets"
     top_k: int = 0
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
         if (self.rows is None) == (self.value is None):
@@ -168,4 +170,10 @@ def kd_term(
         rows=kd_rows,
         over="taught" if inside else "aligned",
         top_k=top_k,
+        settings={
+            "top_k": top_k,
+            "divergence": getattr(divergence, "__name__", repr(divergence)),
+            "temperature": temperature,
+            "inside": inside,
+        },
     )

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from kd_kit import checkpoint
 from kd_kit.callbacks import PrintLines
 from kd_kit.data import DistillData
-from kd_kit.evaluate import score
+from kd_kit.evaluation import score
 from kd_kit.history import History
 from kd_kit.models import check_model
 from kd_kit.module import DistillModule
@@ -84,6 +84,7 @@ class Trainer:
         self._best_step: int | None = None
         self._resumed = False
         self._control: History | None = None
+        self._longest_pause = 0.0  # seconds that evaluation and saving took after one step, at most
         self._pending: list[tuple[dict, torch.Tensor]] = []
         self._last_save = time.monotonic()
 
@@ -109,12 +110,18 @@ class Trainer:
         Returns:
             why it stopped, also in ``stop_reason``.
         """
-        self.resume()
-        self.stop_reason = None
-        end = self.total_steps if steps is None else min(self.total_steps, self.step + steps)
-        if self.step >= end:
-            self.stop_reason = "finished" if self.step >= self.total_steps else "paused"
-            return self.stop_reason
+        with lock_run(self.session.folder), StopRequests() as requests:
+            self.resume()
+            self.stop_reason = None
+            end = self.total_steps if steps is None else min(self.total_steps, self.step + steps)
+            if self.step < end:
+                self._run_to(end, requests)
+            else:
+                self.stop_reason = "finished" if self.step >= self.total_steps else "paused"
+        return self.stop_reason
+
+    def _run_to(self, end: int, requests: StopRequests) -> None:
+        """The loop itself, and the save behind it."""
         self._reference_scores()
         self.module.train()
         self._tell("on_start")
@@ -123,22 +130,23 @@ class Trainer:
             self.settings["seed"], range(self.step * every, end * every), workers=self.settings["workers"]
         )
         self._last_save = time.monotonic()
-        with lock_run(self.session.folder), StopRequests() as requests:
-            while self.step < end and self.stop_reason is None:
-                started = time.monotonic()
-                self._train_step([next(batches).to(self.session.device) for _ in range(every)])
-                self.seconds += time.monotonic() - started
-                self._after_step(end)
-                if requests.reason:
-                    self.stop_reason = requests.reason
-                elif self.stop_reason is None and self._time_is_over():
-                    self.stop_reason = "the session's time is over"
+        while self.step < end and self.stop_reason is None:
+            started = time.monotonic()
+            device = self.session.device
+            self._train_step([next(batches).to(device, non_blocking=True) for _ in range(every)])
+            trained = time.monotonic()
+            self.seconds += trained - started
+            self._after_step(end)
+            self._longest_pause = max(self._longest_pause, time.monotonic() - trained)
+            if requests.reason:
+                self.stop_reason = requests.reason
+            elif self.stop_reason is None and self._time_is_over():
+                self.stop_reason = "the session's time is over"
         self._flush()
         self.stop_reason = self.stop_reason or ("finished" if self.step >= self.total_steps else "paused")
         self.history.append({"kind": "event", "step": self.step, "what": "stopped", "text": self.stop_reason})
         self.save()
         self._tell("on_stop")
-        return self.stop_reason
 
     def resume(self) -> bool:
         """Load the newest good checkpoint of the run folder, once per trainer; True if there was one."""
@@ -353,8 +361,8 @@ class Trainer:
             self.history.append({"kind": "event", "step": self.step, "what": "alarm", "text": f"not saved: {error}"})
 
     def _time_is_over(self) -> bool:
-        """Whether another step and the save at the end might not fit into what is left of the session."""
-        return self.session.remaining() < 30 + 2 * self.seconds / max(self.step, 1)
+        """Whether another step, with evaluation and saves, might not fit into what is left of the session."""
+        return self.session.remaining() < 30 + 2 * self.seconds / max(self.step, 1) + 2 * self._longest_pause
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -412,14 +420,17 @@ class Trainer:
         return [g for g in groups if g["params"]]
 
     def _write_run(self, folder: Path, config: dict) -> None:
-        """RUN.json, and the student's start, once per run."""
-        if not (folder / "RUN.json").exists():
+        """RUN.json, and with a new run the student's start."""
+        path = folder / "RUN.json"
+        text = json.dumps({"run_id": self.run_id, "config": config}, indent=1)
+        if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             save_file(_untied(self.student), folder / "initial.safetensors")
-            text = json.dumps({"run_id": self.run_id, "config": config}, indent=1)
-            beside = folder / "RUN.json.tmp"
-            beside.write_text(text)
-            beside.replace(folder / "RUN.json")  # whole or not there
+        elif path.read_text() == text:
+            return
+        beside = folder / "RUN.json.tmp"
+        beside.write_text(text)
+        beside.replace(path)  # whole or not there
 
     def _record_run(self) -> None:
         """The run's plan in its history: once, and again when a later session changed it."""

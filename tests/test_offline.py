@@ -83,9 +83,7 @@ def test_provenance_matches_the_files():
     text = (ASSETS / "PROVENANCE.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|$", text, flags=re.MULTILINE)
     assert [(name, int(size.replace(",", "")), digest) for name, size, digest in rows] == hashes(ASSETS)
-    assert {"teacher/model.safetensors", "student/config.json", "corpus/emma.txt.bz2"} <= {
-        row[0] for row in rows
-    }
+    assert {"teacher/model.safetensors", "student/config.json", "corpus/emma.txt.bz2"} <= {row[0] for row in rows}
 
 
 def test_teacher_is_small_finite_and_half_precision():
@@ -190,9 +188,7 @@ def test_digits_are_single(tokenizers):
 
 
 def test_byte_symbols(tokenizers):
-    counts = {
-        name: len(base_symbols(json.loads(t.backend_tokenizer.to_str()))) for name, t in tokenizers.items()
-    }
+    counts = {name: len(base_symbols(json.loads(t.backend_tokenizer.to_str()))) for name, t in tokenizers.items()}
     assert counts == {TEACHER: 256, STUDENT: 235}
 
 
@@ -204,10 +200,7 @@ def test_the_tokenizers_disagree(tokenizers):
         offsets = tokenizer(chapter, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         ends[name] = {end for _, end in offsets}
     assert len(ends[TEACHER] - ends[STUDENT]) > 100 and len(ends[STUDENT] - ends[TEACHER]) > 100
-    back = {
-        name: tokenizer.decode(encode(tokenizer, "cafe\u0301 \x04."))
-        for name, tokenizer in tokenizers.items()
-    }
+    back = {name: tokenizer.decode(encode(tokenizer, "cafe\u0301 \x04.")) for name, tokenizer in tokenizers.items()}
     assert back == {TEACHER: "caf\u00e9 \x04.", STUDENT: "cafe\u0301 ."}
 
 
@@ -232,9 +225,7 @@ def test_corpus_parts(parts):
     }
     assert 1_000_000 < sizes["student"] < 1_200_000 < 3_400_000 < sizes["teacher"] < 3_700_000
     assert set(parts["student"]) < set(parts["teacher"])
-    with pytest.raises(
-        ValueError, match=r"corpus: expected one of \['held_out', 'student', 'teacher'\], got 'test'"
-    ):
+    with pytest.raises(ValueError, match=r"corpus: expected one of \['held_out', 'student', 'teacher'\], got 'test'"):
         corpus("test")
 
 
@@ -290,9 +281,7 @@ def test_novels_checks_what_it_found():
     data_base = struct.pack(">I", len(emma)) + zlib.compress(emma)
     with pytest.raises(ValueError, match="expected 55 chapters in emma, got 1"):
         novels(data_base)
-    assert list(NOVELS) == sorted(
-        path.name.removesuffix(".txt.bz2") for path in (ASSETS / "corpus").iterdir()
-    )
+    assert list(NOVELS) == sorted(path.name.removesuffix(".txt.bz2") for path in (ASSETS / "corpus").iterdir())
 
 
 def test_chapters_keep_the_prose_only():
@@ -407,9 +396,7 @@ def test_token_stream_begins_every_text():
 
 def test_random_windows_are_pieces_of_the_stream_behind_the_start():
     stream = torch.arange(100)
-    windows = random_windows(
-        stream, start=-1, window=5, batch_size=64, generator=torch.Generator().manual_seed(0)
-    )
+    windows = random_windows(stream, start=-1, window=5, batch_size=64, generator=torch.Generator().manual_seed(0))
     assert windows.shape == (64, 5) and (windows[:, 0] == -1).all()
     assert (windows[:, 1:].diff() == 1).all() and len(windows[:, 1].unique()) > 20
     whole = random_windows(stream, start=-1, window=100, batch_size=1, generator=torch.Generator())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import make_trainer, part_term, small_data, teacher, tiny_student
+from helpers import make_trainer, pages, pair, part_term, small_data, teacher, tiny_student
 
 from kd_kit import build_data, kd_term, lm_term
 from kd_kit.run_config import check_run, run_config
@@ -30,9 +30,9 @@ def other_text():
     [
         ({"seed": 1}, "the seed"),
         ({"accumulation": 2}, "the number of batches per step"),
-        ({"data": other_text}, "the text, its windows or the batch size"),
-        ({"data": lambda: small_data(batch_size=3)}, "the text, its windows or the batch size"),
-        ({"data": lambda: small_data(window=24)}, "the text, its windows or the batch size"),
+        ({"data": other_text}, "the text, its windows, the held-out text or the batch size"),
+        ({"data": lambda: small_data(batch_size=3)}, "the text, its windows, the held-out text or the batch size"),
+        ({"data": lambda: small_data(window=24)}, "the text, its windows, the held-out text or the batch size"),
         ({"terms": lambda: [lm_term()]}, "the loss terms"),
         ({"terms": lambda: [lm_term(), kd_term(), part_term()]}, "the loss terms"),
         ({"student": lambda: tiny_student(num_hidden_layers=1)}, "the student's shapes"),
@@ -55,7 +55,8 @@ def test_what_may_change_is_said(run, capsys):
     for note in (
         "steps 2 -> 4",
         "learning_rate 0.01 -> 0.003",
-        "weights {'lm': 0.1, 'kd': 0.9} -> {'lm': 0.2, 'kd': 0.8}",
+        "lm.weight 0.1 -> 0.2",
+        "kd.weight 0.9 -> 0.8",
     ):
         assert note in said
     assert trainer.fit() == "finished"
@@ -116,3 +117,19 @@ def test_the_configuration_is_plain_json(tmp_path):
     stored = json.loads((tmp_path / "run" / "RUN.json").read_text())
     assert stored == {"run_id": trainer.run_id, "config": config}
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_change_is_said_once(run, capsys):
+    make_trainer(run, steps=4)
+    assert "goes on with" in capsys.readouterr().out
+    make_trainer(run, steps=4)
+    assert "goes on with" not in capsys.readouterr().out
+
+
+def test_other_held_out_text_is_another_run(tmp_path):
+    def with_held_out(text: str):
+        return build_data(pages(4), pair(), held_out=[text], window=32, batch_size=2)
+
+    make_trainer(tmp_path / "run", data=with_held_out("What is measured, and on which words."))
+    with pytest.raises(ValueError, match="the held-out text"):
+        make_trainer(tmp_path / "run", data=with_held_out("What is measured, and on other words."))

@@ -521,7 +521,7 @@ def test_a_half_precision_teacher_and_float32_parts_work_everywhere(tmp_path, pr
     # outside autocast, whatever the run's precision was: here the earlier run died after 12,500 steps
     assert math.isfinite(score(trainer.student, held_out, limit=4).bits_per_byte)
     assert math.isfinite(score(half, held_out, side="teacher", limit=4).bits_per_byte)
-    assert math.isfinite(agreement(trainer.student, trainer.teacher, held_out, limit=4).kl)
+    assert math.isfinite(agreement({"it": trainer.student}, trainer.teacher, held_out, limit=4)["it"].kl)
     assert audit(pair(), small_data(), half).homed_mass > 0.5
     report = evaluate(trainer, limit=4)
     assert all(math.isfinite(row["bits_per_byte"]) for row in report.rows.values())

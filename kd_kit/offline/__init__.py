@@ -62,9 +62,7 @@ def corpus(part: str) -> list[str]:
         'Sir Walter Elliot, of Kellynch Hall, in Somersetshire, w'
     """
     if part not in PARTS:
-        raise ValueError(
-            f"corpus: expected one of {sorted(PARTS)}, got {part!r}; see the docstring for what they hold"
-        )
+        raise ValueError(f"corpus: expected one of {sorted(PARTS)}, got {part!r}; see the docstring for what they hold")
     chapters: list[str] = []
     for novel in PARTS[part]:
         packed = (ASSETS / "corpus" / f"{novel}.txt.bz2").read_bytes()

@@ -50,8 +50,7 @@ def novels(data_base: bytes) -> dict[str, list[str]]:
         found[name] = chapters(by_title[title])
         if len(found[name]) != expected:
             raise ValueError(
-                f"novels: expected {expected} chapters in {name}, got {len(found[name])}; "
-                "use r-cran-janeaustenr 1.0.0"
+                f"novels: expected {expected} chapters in {name}, got {len(found[name])}; use r-cran-janeaustenr 1.0.0"
             )
     return found
 
@@ -91,9 +90,7 @@ def character_vector(serialised: bytes) -> list[str]:
         )
     version, _, _, encoding_length = struct.unpack_from(">4I", serialised, 2)
     if version != 3:
-        raise ValueError(
-            f"character_vector: expected version 3, got {version}; save the vector with R >= 3.5"
-        )
+        raise ValueError(f"character_vector: expected version 3, got {version}; save the vector with R >= 3.5")
     at = 18 + encoding_length  # the native encoding's name: every string below states its own
     flags, count = struct.unpack_from(">2I", serialised, at)
     at += 8

@@ -27,9 +27,7 @@ def prefix_cut(tokenizer: dict, *, entries: int, specials: Sequence[str]) -> dic
     """
     model = tokenizer["model"]
     if model["type"] != "BPE":
-        raise ValueError(
-            f"prefix_cut: expected a BPE model, got {model['type']}; give a byte-level BPE tokenizer"
-        )
+        raise ValueError(f"prefix_cut: expected a BPE model, got {model['type']}; give a byte-level BPE tokenizer")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     numbers = [model["vocab"]["".join(merge)] for merge in merges]
     kept = max(0, entries - min(numbers))

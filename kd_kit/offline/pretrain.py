@@ -24,9 +24,7 @@ def token_stream(tokenizer: Any, texts: Sequence[str], *, start: int) -> Tensor:
     return torch.tensor(ids)
 
 
-def random_windows(
-    stream: Tensor, *, start: int, window: int, batch_size: int, generator: torch.Generator
-) -> Tensor:
+def random_windows(stream: Tensor, *, start: int, window: int, batch_size: int, generator: torch.Generator) -> Tensor:
     """Windows at random places of the stream, each begun with ``start`` in place of what came before.
 
     That token stands for "no context", as it does in front of every window that the distillation gives the

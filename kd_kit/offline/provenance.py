@@ -15,9 +15,7 @@ def provenance(folder: Path, *, steps: int, figures: Mapping[str, Any]) -> str:
         f"| `{package.name}` | {package.version} | `{package.source}` | {package.licence} |"
         for package in (QWEN3, SMOLLM2, AUSTEN)
     )
-    versions = ", ".join(
-        f"{library} {version(library)}" for library in ("torch", "transformers", "tokenizers", "gguf")
-    )
+    versions = ", ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "tokenizers", "gguf"))
     measured = "\n".join(f"| {name} | {value:,} |" for name, value in figures.items())
     files = "\n".join(f"| `{name}` | {size:,} | `{digest}` |" for name, size, digest in hashes(folder))
     return f"""# Where the embedded assets come from

@@ -11,7 +11,7 @@ from helpers import make_trainer, naive_nats, pages, pair, teacher, tiny_student
 
 from kd_kit import agreement, build_data, evaluate, lm_term, score
 from kd_kit.data import WindowSet
-from kd_kit.evaluate import Report, Score
+from kd_kit.evaluation import Report, Score
 from kd_kit.losses import student_cells
 from kd_kit.teacher import LiveTeacher
 from kd_kit.types import IGNORE
@@ -135,7 +135,7 @@ def test_agreement_is_that_of_a_naive_loop(windows):
             top1 += float(ours[position].argmax() == ids[0])
             top5 += len(set(ours[position].topk(5).indices.tolist()) & set(ids[:5].tolist())) / 5
             count += 1
-    found = agreement(student, live, windows, batch_size=3)
+    found = agreement({"it": student}, live, windows, batch_size=3)["it"]
     assert found.positions == count
     assert found.top1 == pytest.approx(top1 / count, abs=1e-6)
     assert found.top5 == pytest.approx(top5 / count, abs=1e-6)
@@ -146,7 +146,7 @@ def test_a_model_agrees_with_itself():
     same = build_tokenizers_twice()
     data = build_data(pages(3), same, held_out=[pages()[4]], window=32)
     model = teacher()
-    found = agreement(model, LiveTeacher(model, same.bridge, top_k=16), data.held_out)
+    found = agreement({"it": model}, LiveTeacher(model, same.bridge, top_k=16), data.held_out)["it"]
     assert found.top1 == 1
     assert found.top5 == 1
     assert abs(found.kl) < 1e-4
@@ -185,7 +185,9 @@ def test_the_report_measures_everyone_on_the_same_text(run):
         assert report.rows[name]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5), name
         assert report.rows[name]["parameters"] == sum(p.numel() for p in model.parameters())
     assert report.rows["teacher"]["kl"] is None
-    assert report.rows["distilled"]["kl"] == pytest.approx(agreement(trainer.student, trainer.teacher, held_out).kl)
+    assert report.rows["distilled"]["kl"] == pytest.approx(
+        agreement({"it": trainer.student}, trainer.teacher, held_out)["it"].kl
+    )
     assert report.rows["distilled"]["kl"] < report.rows["before"]["kl"]
     before, control, now, best = (r["bits_per_byte"] for r in report.rows.values())
     assert report.gain == pytest.approx(control - now)

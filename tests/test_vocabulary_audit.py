@@ -9,8 +9,8 @@ import torch
 from helpers import pages, pair, small_data, teacher
 
 from kd_kit import audit, build_data, build_tokenizers
-from kd_kit.audit import Audit
 from kd_kit.types import IGNORE
+from kd_kit.vocabulary_audit import Audit
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,7 +21,7 @@ from kd_kit.head import LogitRows, body_of, head_losses, head_of
 from kd_kit.losses import cross_entropy, forward_kl
 from kd_kit.table import Table
 from kd_kit.teacher import LiveTeacher
-from kd_kit.types import IGNORE, TeacherSignal
+from kd_kit.types import IGNORE
 
 
 @dataclass(frozen=True)
@@ -115,48 +116,61 @@ class Agreement:
     positions: int
 
 
+def _top1(rows: LogitRows) -> torch.Tensor:
+    return (rows.logits.argmax(-1) == rows.ids[:, 0]).float()
+
+
+def _top5(rows: LogitRows) -> torch.Tensor:
+    theirs = rows.ids[:, :5]
+    ours = rows.logits.topk(theirs.shape[1], dim=-1).indices
+    return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)
+
+
+def _kl(rows: LogitRows) -> torch.Tensor:
+    return forward_kl(rows.student, rows.teacher)
+
+
 def agreement(
-    student, teacher: LiveTeacher, windows: WindowSet, *, batch_size: int = 8, limit: int | None = None
-) -> Agreement:
-    """Compare a student's next-token distributions with the teacher's through the same bridge as in training."""
-    device = next(student.parameters()).device
-    names = ("top1", "top5", "kl")
-    sums = torch.zeros(len(names), dtype=torch.float64)
+    students: Mapping[str, nn.Module],
+    teacher: LiveTeacher,
+    windows: WindowSet,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> dict[str, Agreement]:
+    """Compare students' next-token distributions with the teacher's, through the same bridge as in training.
+
+    The teacher reads the text once for all of them.
+    """
+    losses = {"top1": _top1, "top5": _top5, "kl": _kl}
+    sums = {name: torch.zeros(len(losses), dtype=torch.float64) for name in students}
     positions = 0
-
-    def top1(rows: LogitRows) -> torch.Tensor:
-        return (rows.logits.argmax(-1) == rows.targets).float()
-
-    def top5(rows: LogitRows) -> torch.Tensor:
-        theirs = rows.ids[:, :5]
-        ours = rows.logits.topk(theirs.shape[1], dim=-1).indices
-        return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)
-
-    def kl(rows: LogitRows) -> torch.Tensor:
-        return forward_kl(rows.student, rows.teacher)
-
-    with evaluating(student):
+    with contextlib.ExitStack() as modes:
+        for student in students.values():
+            modes.enter_context(evaluating(student))
         for batch in windows.in_order(batch_size, limit):
-            if len(batch.aligned_rows) == 0:
-                continue
-            batch = batch.to(device)
+            positions += len(batch.aligned_rows)
+            batch = batch.to(teacher.device)
             signal = teacher.signal(batch)
             aligned = batch.prefix[:, 0] == 0
-            signal = TeacherSignal(signal.ids[aligned], signal.log_probs[aligned], signal.tail[aligned])
-            hidden = body_of(student)(input_ids=batch.student_ids, use_cache=False).last_hidden_state
-            values = head_losses(
-                hidden.flatten(0, 1)[batch.aligned_rows],
-                head_of(student),
-                {"top1": top1, "top5": top5, "kl": kl},
-                targets=signal.ids[:, 0],
-                cell_ids=signal.ids,
-                teacher_cells=torch.cat([signal.log_probs, signal.tail.unsqueeze(-1)], dim=-1),
-                has_teacher=torch.ones(len(signal.tail), dtype=torch.bool, device=device),
-            )
-            sums += torch.stack([values[n].double().sum() for n in names]).cpu()
-            positions += len(batch.aligned_rows)
-    mean = sums / max(positions, 1)
-    return Agreement(float(mean[0]), float(mean[1]), float(mean[2]), positions)
+            cells = torch.cat([signal.log_probs, signal.tail.unsqueeze(-1)], dim=-1)[aligned]
+            for name, student in students.items():
+                device = next(student.parameters()).device
+                rows = batch.aligned_rows.to(device)
+                body = body_of(student)
+                hidden = body(input_ids=batch.student_ids.to(device), use_cache=False).last_hidden_state
+                values = head_losses(
+                    hidden.flatten(0, 1)[rows],
+                    head_of(student),
+                    losses,
+                    targets=batch.targets.to(device).flatten()[rows],
+                    cell_ids=signal.ids[aligned].to(device),
+                    teacher_cells=cells.to(device),
+                    has_teacher=torch.ones(len(rows), dtype=torch.bool, device=device),
+                )
+                sums[name] += torch.stack([values[n].double().sum() for n in losses]).cpu()
+    means = {name: (value / max(positions, 1)).tolist() for name, value in sums.items()}
+    return {name: Agreement(*mean, positions) for name, mean in means.items()}
 
 
 @dataclass(frozen=True)
@@ -233,7 +247,15 @@ class Report:
         return self.table._repr_html_()
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "gain": self.gain, "retention": self.retention}, indent=1)
+        """As JSON; a figure that is not finite is spelled as text, for which JSON has no number."""
+        plain = {**asdict(self), "gain": self.gain, "retention": self.retention}
+
+        def spelled(value):
+            if isinstance(value, dict):
+                return {name: spelled(v) for name, v in value.items()}
+            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+        return json.dumps(spelled(plain), indent=1)
 
 
 def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Report:
@@ -258,15 +280,13 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
         students["LM-only control"] = trainer.train_control()
         control_step = (trainer.control_history.last("train") or {"step": 0})["step"]
     students["distilled"] = trainer.student
-    rows = {}
+    for model in students.values():
+        model.to(device)
     with trainer.accelerator.autocast():
-        for name, model in students.items():
-            model.to(device)
-            likelihood = score(model, windows, limit=limit)
-            agree = agreement(model, trainer.teacher, windows, limit=limit)
-            rows[name] = _row(likelihood, model, agree)
+        agree = agreement(students, trainer.teacher, windows, limit=limit)
+        rows = {n: _row(score(model, windows, limit=limit), model, agree[n]) for n, model in students.items()}
         best = score(trainer.teacher.model, windows, side="teacher", limit=limit)
-        rows["teacher"] = _row(best, trainer.teacher.model, None)
+    rows["teacher"] = _row(best, trainer.teacher.model, None)
     report = Report(rows, best.bytes, trainer.step, control_step)
     (trainer.session.folder / "report.json").write_text(report.to_json())
     return report

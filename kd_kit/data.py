@@ -89,7 +89,7 @@ def read_texts(texts: Iterable, *, column: str = "text", maximum: int | None = N
             report.refuse(f"not text but {type(value).__name__}", row)
         elif not value.strip():
             report.refuse("empty", row)
-        elif any("\ud800" <= c <= "\udfff" for c in value):
+        elif not _encodable(value):
             report.refuse("with half a surrogate pair, which no encoding can hold", row)
         else:
             out.append(value)
@@ -97,6 +97,14 @@ def read_texts(texts: Iterable, *, column: str = "text", maximum: int | None = N
     if not out:
         raise ValueError(f"build_data: expected at least one text with something in it, got none: {report!r}")
     return out, report
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,7 @@ class WindowSet(torch.utils.data.Dataset):
             ids, ends = np.concatenate([[start_id], ids]), np.concatenate([[0], ends])
         return ids, ends
 
-    def _prefixes(self, s_ends, t_ids, t_ends, matched, predicts) -> np.ndarray:
+    def _prefixes(self, s_ids, s_ends, t_ids, t_ends, matched, predicts) -> np.ndarray:
         """For every position of a window but the last: depth and token range of ``DistillBatch.prefix``, [T - 1, 3].
 
         Depth -1 where the teacher has nothing to say: no target, or its next token is a mark and not text.
@@ -179,13 +187,17 @@ class WindowSet(torch.utils.data.Dataset):
         vocab, bridge = self.pair.teacher_vocab, self.pair.bridge
         out = np.zeros((len(predicts), 3), np.int64)
         at = matched.teacher_index[:-1]
-        out[~predicts | (at < 0) | (at >= len(t_ids) - 1), 0] = -1
-        for i in np.flatnonzero((out[:, 0] == 0) & ~matched.aligned[:-1]):
+        known = predicts & (at >= 0) & (at < len(t_ids) - 1)
+        # The first token of a text may have been written with a space that the text has not, and so have a byte more
+        # than it covers. What the student must say next is then not what the teacher's table was made for.
+        ours = self.pair.student_vocab.lengths[s_ids[1:]] - np.diff(s_ends)
+        theirs = np.append(vocab.lengths[t_ids[1:]] - np.diff(t_ends), 0)[at]
+        out[~known | (ours > theirs), 0] = -1
+        extra = theirs - ours
+        for i in np.flatnonzero((out[:, 0] == 0) & (~matched.aligned[:-1] | (extra > 0))):
             token = int(t_ids[at[i] + 1])
-            # a token that was written with a space in front of the text has one byte more than it covers
-            unread = vocab.lengths[token] - (t_ends[at[i] + 1] - t_ends[at[i]])
-            depth = int(s_ends[i] - t_ends[at[i]] + unread)
-            if token in vocab.special or depth <= 0:
+            depth = int(s_ends[i] - t_ends[at[i]] + extra[i])
+            if token in vocab.special:
                 out[i, 0] = -1
             else:
                 out[i] = (depth, *bridge.span(token, depth))
@@ -224,8 +236,8 @@ class WindowSet(torch.utils.data.Dataset):
             target_bytes[n, : i - 1] = np.where(predicts, np.diff(s_ends), 0)
             teacher_targets[n, : j - 1] = np.where(t_ends[:-1] >= scored, t_ids[1:], IGNORE)
             teacher_index[n, :i] = np.maximum(matched.teacher_index, 0)
-            aligned[n, : i - 1] = matched.aligned[:-1] & predicts
-            found = self._prefixes(s_ends, t_ids, t_ends, matched, predicts)
+            found = self._prefixes(s_ids, s_ends, t_ids, t_ends, matched, predicts)
+            aligned[n, : i - 1] = found[:, 0] == 0
             taught[n, : i - 1] = found[:, 0] >= 0
             prefix.append(found[found[:, 0] >= 0])
             if matched.spans:

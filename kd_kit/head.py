@@ -139,7 +139,7 @@ def head_losses(
         logits = Head(weight, bias, head.scale, head.softcap).logits(hidden)
         student, log_z = None, None
         if ids is not None:
-            student, log_z = student_cells(logits, ids, teacher[:, :-1] > -torch.inf)
+            student, log_z = student_cells(logits, ids, teacher[:, :-1] != -torch.inf)
         else:
             log_z = logits.logsumexp(-1)
         rows = LogitRows(logits, targets, log_z, ids, student, teacher, there)

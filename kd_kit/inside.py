@@ -41,7 +41,8 @@ class InsideBridge(Bridge):
             "_student": student,
             "_sorted": [teacher.tokens[t] for t in order],
             "_rank": rank,
-            "_homes": {},  # both filled as text asks for them
+            "_ranks": {},  # all filled as text asks for them
+            "_homes": {},
             "_spans": {},
         }
         for name, value in own.items():  # the dataclass above is frozen
@@ -56,29 +57,30 @@ class InsideBridge(Bridge):
             self._spans[token, depth] = found
         return found
 
-    def homes(self, depth: int) -> Tensor:
+    def homes(self, depth: int, device: torch.device | str = "cpu") -> Tensor:
         """[U] int64, the student's home of every teacher token without its first ``depth`` bytes."""
-        if depth not in self._homes:
-            self._homes[depth] = homes_of([token[depth:] for token in self._tokens], self._student)
-        return self._homes[depth]
+        key = (depth, torch.device(device))
+        if key not in self._homes:
+            if key[1].type == "cpu":
+                self._homes[key] = homes_of([token[depth:] for token in self._tokens], self._student)
+            else:  # each table is copied once, not once per batch
+                self._homes[key] = self.homes(depth).to(device)
+        return self._homes[key]
 
-    def project_at(self, probs: Tensor, prefix: Tensor) -> Tensor:
-        """As :meth:`Bridge.project_at`, at aligned positions and inside teacher tokens."""
-        out = probs.new_zeros(probs.shape[0], self.student_size + 1, dtype=torch.float32)
-        rank = self._rank.to(probs.device)
-        depth, first, last = prefix.unbind(-1)
-        for d in depth.unique().tolist():
-            rows = (depth == d).nonzero().squeeze(-1)
-            if d == 0:
-                out[rows] = self.project(probs[rows])
-                continue
-            fits = (rank >= first[rows, None]) & (rank < last[rows, None])
-            kept = torch.where(fits, probs[rows].float(), 0.0)
-            # the floor is far below what any loss can see, and keeps a teacher that gives 0 to all of them finite
-            kept = kept / kept.sum(-1, keepdim=True).clamp(min=1e-30)
-            moved = kept.new_zeros(len(rows), self.student_size + 1)
-            out[rows] = moved.index_add_(1, self.homes(d).to(probs.device), kept)
-        return out
+    def project_at(self, probs: Tensor, depth: int, first: Tensor, last: Tensor) -> Tensor:
+        """As :meth:`Bridge.project_at`, at aligned positions and at those ``depth`` bytes inside teacher tokens."""
+        if depth == 0:
+            return self.project(probs)
+        device = probs.device
+        if device not in self._ranks:
+            self._ranks[device] = self._rank.to(device)
+        rank = self._ranks[device]
+        fits = (rank >= first.unsqueeze(-1)) & (rank < last.unsqueeze(-1))
+        kept = torch.where(fits, probs.float(), 0.0)
+        # the floor is far below what any loss can see, and keeps a teacher that gives 0 to all of them finite
+        kept = kept / kept.sum(-1, keepdim=True).clamp(min=1e-30)
+        out = kept.new_zeros(len(probs), self.student_size + 1)
+        return out.index_add_(1, self.homes(depth, device), kept)
 
 
 def _after(prefix: bytes) -> bytes:

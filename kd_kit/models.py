@@ -197,6 +197,14 @@ def check_model(model, vocab: Vocabulary, window: int, who: str) -> None:
         theirs = model(input_ids=ids, use_cache=False).logits.float()
         ours = head.logits(body_of(model)(input_ids=ids, use_cache=False).last_hidden_state)
     model.train(training)
+    if not theirs.isfinite().all():
+        raise ValueError(
+            f"build_trainer: expected finite {who} logits, got NaN or infinity from {type(model).__name__} in "
+            f"{head.weight.dtype}; load it in a dtype that holds its range: build_{who}(..., dtype=torch.float32)"
+            if who == "teacher"
+            else f"build_trainer: expected finite {who} logits, got NaN or infinity from {type(model).__name__}; "
+            "its weights are broken, so load it again"
+        )
     gap = (theirs - ours).abs().max() / theirs.abs().max().clamp(min=1e-6)
     if not gap < 0.01:
         raise ValueError(

@@ -82,6 +82,11 @@ class Schedule:
                     f"Schedule {self.name!r}: expected at least half of the full factor {full:g} of {term!r} at 50% "
                     f"progress, got {_value(line, 0.5):g}; let it rise earlier"
                 )
+            if term == "lm" and min(f for _, f in line) == 0:
+                raise ValueError(
+                    f"Schedule {self.name!r}: expected the LM term to count at every step, got a factor of 0 in "
+                    f"{list(line)}; give it a small one"
+                )
         # between two points lines are straight, so a moment without any term would be at a point
         for progress in {0.0, 1.0}.union(p for line in self.lines.values() for p, _ in line):
             self.shares(weights, progress)

@@ -42,23 +42,33 @@ class LiveTeacher:
     def signal(self, batch: DistillBatch) -> TeacherSignal:
         """The teacher's distribution at every position of ``batch`` that it can teach, on the batch's device."""
         target = batch.student_ids.device
-        ids, log_probs, tail = [], [], []
-        with torch.inference_mode():
+        # rows of one depth together, so that one table serves a chunk; the host knows where they are
+        depths = batch.prefix[:, 0].cpu()
+        order = torch.argsort(depths, stable=True)
+        counts = torch.bincount(depths).tolist() if len(depths) else []
+        parts = []
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             batch = batch.to(self.device)
             hidden = body_of(self.model)(input_ids=batch.teacher_ids, use_cache=False).last_hidden_state
-            width = batch.student_ids.shape[1]
-            window = batch.taught_rows // width
-            positions = batch.teacher_index.flatten()[batch.taught_rows]
+            order = order.to(self.device)
+            places = batch.taught_rows[order]
+            window = places // batch.student_ids.shape[1]
+            positions = batch.teacher_index.flatten()[places]
             rows = hidden.flatten(0, 1)[window * batch.teacher_ids.shape[1] + positions]
+            _, first, last = batch.prefix[order].unbind(-1)
             head = head_of(self.model).cut(self.bridge.teacher_size)
-            for chunk in chunks(len(rows), head.chunk_rows()):
-                probs = torch.softmax(head.logits(rows[chunk]), dim=-1)
-                kept = top_k_cells(self.bridge.project_at(probs, batch.prefix[chunk]), self.top_k)
-                for whole, part in zip((ids, log_probs, tail), kept, strict=True):
-                    whole.append(part)
-            if not ids:
+            start = 0
+            for depth, count in enumerate(counts):
+                for chunk in chunks(count, head.chunk_rows()):
+                    some = slice(start + chunk.start, start + chunk.stop)
+                    probs = torch.softmax(head.logits(rows[some]), dim=-1)
+                    parts.append(top_k_cells(self.bridge.project_at(probs, depth, first[some], last[some]), self.top_k))
+                start += count
+            if parts:
+                back = torch.argsort(order)
+                found = [torch.cat(columns)[back] for columns in zip(*parts, strict=True)]
+            else:
                 empty = rows.new_zeros(0, self.top_k, dtype=torch.float32)
-                ids, log_probs, tail = [empty.long()], [empty], [empty.new_zeros(0)]
-            signal = TeacherSignal(torch.cat(ids), torch.cat(log_probs), torch.cat(tail))
+                found = [empty.long(), empty, empty.new_zeros(0)]
         # tensors made in inference mode may not enter a graph; a copy made outside may
-        return TeacherSignal(*(t.to(target).clone() for t in (signal.ids, signal.log_probs, signal.tail)))
+        return TeacherSignal(*(t.to(target).clone() for t in found))

@@ -5,6 +5,7 @@ A term is a plain object with a function in it. Write your own by building a :cl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -94,6 +95,14 @@ class LossTerm:
         return f"{self.name}: weight {self.weight:g}, healthy {low:g} to {high:g} {self.unit}"
 
 
+def _name_of(function) -> str:
+    """A function's name, with the arguments that a ``functools.partial`` binds."""
+    if isinstance(function, functools.partial):
+        bound = ", ".join([*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())])
+        return f"{_name_of(function.func)}({bound})"
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def _lm_rows(rows: LogitRows) -> Tensor:
     return cross_entropy(rows.logits, rows.targets, rows.log_z)
 
@@ -172,7 +181,7 @@ def kd_term(
         top_k=top_k,
         settings={
             "top_k": top_k,
-            "divergence": getattr(divergence, "__name__", repr(divergence)),
+            "divergence": _name_of(divergence),
             "temperature": temperature,
             "inside": inside,
         },

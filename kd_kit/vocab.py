@@ -68,11 +68,6 @@ class Vocabulary:
     def size(self) -> int:
         return len(self.tokens)
 
-    @property
-    def longest(self) -> int:
-        """Bytes of the longest token."""
-        return int(self.lengths.max())
-
     def normalise(self, text: str) -> str:
         """The text as this tokenizer reads it."""
         for form in self.forms:
@@ -243,20 +238,20 @@ class Bridge:
         out = probs.new_zeros(probs.shape[0], self.student_size + 1, dtype=torch.float32)
         return out.index_add_(1, self.table.to(probs.device), probs.float())
 
-    def project_at(self, probs: Tensor, prefix: Tensor) -> Tensor:
-        """:meth:`project` at the positions of a batch, where this table alone knows the aligned ones.
+    def project_at(self, probs: Tensor, depth: int, first: Tensor, last: Tensor) -> Tensor:
+        """:meth:`project` at positions of a batch; this table alone knows the aligned ones, of depth 0.
 
         Shapes:
             probs: [n, U] float
-            prefix: [n, 3] int64, rows of ``DistillBatch.prefix``
+            first, last: [n] int64, the other columns of ``DistillBatch.prefix``
             returns: [n, V' + 1] float32
 
         Raises:
-            ValueError: a position inside a teacher token.
+            ValueError: positions inside a teacher token.
         """
-        if (prefix[:, 0] > 0).any():
+        if depth:
             raise ValueError(
-                "Bridge.project_at: expected aligned positions, got one inside a teacher token; use the bridge of "
+                "Bridge.project_at: expected aligned positions, got some inside teacher tokens; use the bridge of "
                 "build_tokenizers, which knows the tokens' bytes"
             )
         return self.project(probs)
@@ -316,9 +311,10 @@ def homes_of(tokens: Sequence[bytes], student: Vocabulary) -> Tensor:
     for i, token in enumerate(student.tokens):
         if i not in student.special and i not in student.unused:
             home.setdefault(token, i)
+    longest = max(map(len, home), default=0)
     out = torch.full((len(tokens),), student.size, dtype=torch.int64)
     for t, token in enumerate(tokens):
-        for n in range(min(len(token), student.longest), 0, -1):
+        for n in range(min(len(token), longest), 0, -1):
             found = home.get(token[:n])
             if found is not None:
                 out[t] = found

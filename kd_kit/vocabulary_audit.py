@@ -113,7 +113,7 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
     table = bridge.table
     student_bytes, teacher_bytes = tokenizers.student_vocab.tokens, tokenizers.teacher_vocab.tokens
     positions = aligned = same = bridged = taught = inside = 0
-    homed: list[torch.Tensor] = []
+    homed = 0.0
     ks = [k for k in (8, 16, 32, 64, 128) if k <= bridge.student_size]
     kept = torch.zeros(len(ks), dtype=torch.float64)
     for batch in data.train.in_order(data.batch_size, _WINDOWS):
@@ -137,11 +137,10 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
         ]
         inside += int((torch.tensor(homes, dtype=torch.int64) == ours).sum())
         if teacher is not None:
-            probs = _bridged(teacher, batch, at, bridge)
-            homed.append(1 - probs[:, -1])
-            largest = probs[:, :-1].topk(ks[-1], dim=-1).values.cumsum(-1)
-            kept += largest[:, [k - 1 for k in ks]].double().sum(0)
-    mass = None if teacher is None else torch.cat(homed).double().mean().item()
+            for home, largest in _masses(teacher, batch, at, bridge, ks[-1]):
+                homed += float(home.sum())
+                kept += largest.cumsum(-1)[:, [k - 1 for k in ks]].double().sum(0).cpu()
+    mass = None if teacher is None else homed / max(aligned, 1)
     return Audit(
         positions=positions,
         aligned=aligned / positions,
@@ -164,13 +163,12 @@ def _teacher_places(batch, rows: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _bridged(teacher, batch, at: torch.Tensor, bridge) -> torch.Tensor:
-    """The teacher's distributions at flat positions ``at`` in student terms, on the CPU, [n, V' + 1]."""
+def _masses(teacher, batch, at: torch.Tensor, bridge, k: int):
+    """Of the teacher at flat positions ``at``, chunk by chunk: mass with a home [n], and the K largest cells [n, K]."""
     device = next(teacher.parameters()).device
     hidden = body_of(teacher)(input_ids=batch.teacher_ids.to(device), use_cache=False).last_hidden_state
     rows = hidden.flatten(0, 1)[at.to(device)]
     head = head_of(teacher).cut(bridge.teacher_size)
-    parts = [
-        bridge.project(torch.softmax(head.logits(rows[c]), dim=-1)).cpu() for c in chunks(len(rows), head.chunk_rows())
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, bridge.student_size + 1)
+    for chunk in chunks(len(rows), head.chunk_rows()):
+        probs = bridge.project(torch.softmax(head.logits(rows[chunk]), dim=-1))
+        yield 1 - probs[:, -1], probs[:, :-1].topk(k, dim=-1).values

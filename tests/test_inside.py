@@ -20,6 +20,11 @@ TEACHER = vocabulary(b"<s>", b"a", b"ab", b"abc", b"abd", b"b", b"abcd", b"\xff"
 STUDENT = vocabulary(b"a", b"b", b"c", b"d", b"cd", b"<pad>", special=(5,))
 
 
+def project(bridge: InsideBridge, probs: torch.Tensor, token: int, depth: int) -> torch.Tensor:
+    first, last = (torch.tensor([edge]) for edge in bridge.span(token, depth))
+    return bridge.project_at(probs, depth, first, last)
+
+
 def naive(probs: torch.Tensor, read: bytes) -> list[float]:
     """q over the student's tokens and the tail, straight from the definition."""
     out = [0.0] * (STUDENT.size + 1)
@@ -39,26 +44,16 @@ def naive(probs: torch.Tensor, read: bytes) -> list[float]:
 def test_the_rest_of_a_token_is_the_naive_sum(token, depth):
     bridge = InsideBridge(TEACHER, STUDENT)
     probs = torch.softmax(torch.randn(1, TEACHER.size, generator=torch.Generator().manual_seed(token)), -1)
-    prefix = torch.tensor([[depth, *bridge.span(token, depth)]])
-    got = bridge.project_at(probs, prefix)[0]
+    got = project(bridge, probs, token, depth)[0]
     assert got.tolist() == pytest.approx(naive(probs[0], TEACHER.tokens[token][:depth]), abs=1e-6)
     assert float(got.sum()) == pytest.approx(1.0)
-
-
-def test_rows_of_different_depths_keep_their_order():
-    bridge = InsideBridge(TEACHER, STUDENT)
-    probs = torch.softmax(torch.randn(3, TEACHER.size, generator=torch.Generator().manual_seed(0)), -1)
-    prefix = torch.tensor([[2, *bridge.span(3, 2)], [0, 0, 0], [1, *bridge.span(3, 1)]])
-    together = bridge.project_at(probs, prefix)
-    for i in range(3):
-        assert torch.equal(together[i], bridge.project_at(probs[i : i + 1], prefix[i : i + 1])[0])
 
 
 def test_a_token_that_ends_there_says_nothing_about_what_follows():
     bridge = InsideBridge(TEACHER, STUDENT)
     probs = torch.zeros(1, TEACHER.size)
     probs[0, 2] = 1.0  # all on "ab", and "ab" has been read
-    got = bridge.project_at(probs, torch.tensor([[2, *bridge.span(3, 2)]]))[0]
+    got = project(bridge, probs, 3, 2)[0]
     assert got[:-1].sum() == 0
     assert got[-1] == 1
 
@@ -67,22 +62,22 @@ def test_a_teacher_that_gives_nothing_to_the_text_stays_finite():
     bridge = InsideBridge(TEACHER, STUDENT)
     probs = torch.zeros(1, TEACHER.size)
     probs[0, 5] = 1.0
-    got = bridge.project_at(probs, torch.tensor([[2, *bridge.span(3, 2)]]))
+    got = project(bridge, probs, 3, 2)
     assert torch.isfinite(got).all()
 
 
 def test_special_tokens_continue_no_text():
     teacher = vocabulary(b"a", b"ab", b"ab|", special=(2,))
     bridge = InsideBridge(teacher, STUDENT)
-    got = bridge.project_at(torch.tensor([[0.2, 0.2, 0.6]]), torch.tensor([[1, *bridge.span(1, 1)]]))[0]
+    got = project(bridge, torch.tensor([[0.2, 0.2, 0.6]]), 1, 1)[0]
     assert got[1] == pytest.approx(0.5)  # "ab" against "a"; the special one is not counted
     assert got[-1] == pytest.approx(0.5)
 
 
 def test_a_plain_bridge_refuses_what_it_cannot_do():
     plain = Bridge(torch.zeros(4, dtype=torch.long), 2, 0)
-    with pytest.raises(ValueError, match="inside a teacher token"):
-        plain.project_at(torch.ones(1, 4), torch.tensor([[1, 0, 2]]))
+    with pytest.raises(ValueError, match="inside teacher tokens"):
+        plain.project_at(torch.ones(1, 4), 1, torch.tensor([0]), torch.tensor([2]))
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def _both(where: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 
 def _expected(log_weights: Tensor, log_ratio: Tensor) -> Tensor:
     """Sum of exp(log_weights) * log_ratio over the cells that have weight."""
-    used = log_weights > -math.inf
+    used = log_weights != -math.inf  # NaN counts as used: a broken side must be seen, not dropped
     weight = torch.where(used, log_weights, torch.zeros_like(log_weights)).exp()
     return torch.where(used, weight * torch.where(used, log_ratio, torch.zeros_like(log_ratio)), 0.0).sum(-1)
 

@@ -17,6 +17,7 @@ from kd_kit.data import build_data
 from kd_kit.evaluation import Report, evaluate
 from kd_kit.models import build_student, build_teacher, build_tokenizers
 from kd_kit.session import build_session
+from kd_kit.stages import LearningRate
 from kd_kit.terms import kd_term, lm_term
 from kd_kit.trainer import build_trainer
 
@@ -27,14 +28,15 @@ class Recipe:
 
     Attributes:
         window: tokens. batch_size: windows. steps: optimizer steps of one batch. learning_rate: peak.
-        kd_weight: share of the KD term; the LM term has the rest.
+        warmup: share of the steps. kd_weight: share of the KD term; the LM term has the rest.
     """
 
     window: int = 256
     batch_size: int = 8
     steps: int = 300
     learning_rate: float = 3e-3
-    kd_weight: float = 0.95
+    warmup: float = 0.1
+    kd_weight: float = 0.7
 
 
 def run_seed(seed: int, folder: Path, recipe: Recipe) -> Report:
@@ -56,6 +58,7 @@ def run_seed(seed: int, folder: Path, recipe: Recipe) -> Report:
         session=session,
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
+        lr_schedule=LearningRate(warmup=recipe.warmup),
         seed=seed,
     )
     trainer.fit()

@@ -264,9 +264,9 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
     Writes ``report.json`` into the run folder.
 
     Args:
-        control: also the student that the same start, tokens and schedule give without a teacher; it is trained now
-            if ``trainer.train_control()`` was not called before.
-        limit: only so many held-out windows; all of them if left out.
+        control: also the student that the same start, tokens and rates give without a teacher; it is trained now if
+            ``trainer.train_control()`` was not called before, and left out where the session's time does not suffice.
+        limit: only so many held-out windows; all of them if left out, which takes a while on much text.
 
     Raises:
         ValueError: the trainer has no teacher.
@@ -277,15 +277,18 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
     windows, device = trainer.data.held_out, trainer.session.device
     students, control_step = {"before": trainer.initial_student()}, None
     if control:
-        students["LM-only control"] = trainer.train_control()
-        control_step = (trainer.control_history.last("train") or {"step": 0})["step"]
+        try:
+            students["LM-only control"] = trainer.train_control()
+            control_step = trainer.total_steps
+        except RuntimeError as unfinished:
+            print(unfinished)
     students["distilled"] = trainer.student
     for model in students.values():
         model.to(device)
     with trainer.accelerator.autocast():
         agree = agreement(students, trainer.teacher, windows, limit=limit)
         rows = {n: _row(score(model, windows, limit=limit), model, agree[n]) for n, model in students.items()}
-        best = score(trainer.teacher.model, windows, side="teacher", limit=limit)
+    best = score(trainer.teacher.model, windows, side="teacher", limit=limit)
     rows["teacher"] = _row(best, trainer.teacher.model, None)
     report = Report(rows, best.bytes, trainer.step, control_step)
     (trainer.session.folder / "report.json").write_text(report.to_json())

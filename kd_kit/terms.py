@@ -107,11 +107,10 @@ def _lm_rows(rows: LogitRows) -> Tensor:
     return cross_entropy(rows.logits, rows.targets, rows.log_z)
 
 
-def lm_term(weight: float = 0.05) -> LossTerm:
+def lm_term(weight: float = 0.3) -> LossTerm:
     """Cross-entropy with the text itself, in nats per student token.
 
-    It is always computed and shown. A small weight beside the KD term is enough to keep the student on the text:
-    see the README for what was measured.
+    It is always computed and shown. On the embedded pair 0.3 beside a KD term of 0.7 did best of 0.05, 0.3 and 0.5.
     """
     return LossTerm(
         name="lm",
@@ -126,7 +125,7 @@ def lm_term(weight: float = 0.05) -> LossTerm:
 
 
 def kd_term(
-    weight: float = 0.95,
+    weight: float = 0.7,
     *,
     top_k: int = 64,
     divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl,

@@ -37,6 +37,8 @@ from kd_kit.types import DistillBatch
 RECORD_EVERY = 10
 """Steps between two transfers of what was measured from the device to the host."""
 
+_MAX_SKIPPED = 20  # more than a gradient scaler needs to find its scale
+_STEPPED, _OWNER = "_kd_kit_stepped", "_kd_kit_owner"  # marks on a student: trained already, and by which trainer
 _PARTS_RATE = 5.0  # projectors and routers start from little and are thrown away: they may move faster
 
 
@@ -75,6 +77,30 @@ class Trainer:
         self.lr_schedule = lr_schedule
         self.callbacks: list = [PrintLines(settings["log_every"])]
         self.stop_reason: str | None = None
+        self._control: History | None = None
+        self._control_student = None
+        self._holds_lock = False
+        self._longest_pause = 0.0  # seconds that evaluation and saving took after one step, at most
+        self._last_save = time.monotonic()
+        self._save_seconds = 0.0
+        self._prepare()
+
+        folder = session.folder
+        self.history = History(folder / "metrics.jsonl")
+        config = run_config(self)
+        found = check_run(folder, config)
+        if found is None and getattr(student, _STEPPED, False):
+            raise ValueError(
+                f"build_trainer: expected an untouched student for the new run in {str(folder)!r}, got one that "
+                "another run has trained; build_student again"
+            )
+        self.run_id = found or uuid.uuid4().hex[:12]
+        self._write_run(folder, config)
+        self._owner = object()
+        setattr(student, _OWNER, self._owner)
+
+    def _prepare(self) -> None:
+        """The state of a run before its first step: counters, module, optimizer, scaler."""
         self.step = 0
         self.skipped_steps = 0
         self.tokens = 0
@@ -82,22 +108,13 @@ class Trainer:
         self.save_number = 0
         self.best: float | None = None
         self._best_step: int | None = None
+        self._skipped_in_row = 0
         self._resumed = False
-        self._control: History | None = None
-        self._longest_pause = 0.0  # seconds that evaluation and saving took after one step, at most
         self._pending: list[tuple[dict, torch.Tensor]] = []
-        self._last_save = time.monotonic()
-
-        self.accelerator = session.engine()
-        self.module = DistillModule(student, self.terms).to(session.device)
+        self.accelerator = self.session.engine()
+        self.module = DistillModule(self.student, self.terms).to(self.session.device)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), eps=1e-8)
         self._prepared, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
-
-        folder = session.folder
-        self.history = History(folder / "metrics.jsonl")
-        config = run_config(self)
-        self.run_id = check_run(folder, config) or uuid.uuid4().hex[:12]
-        self._write_run(folder, config)
 
     # --- what is asked of it ------------------------------------------------------------------------------------
 
@@ -110,12 +127,16 @@ class Trainer:
         Returns:
             why it stopped, also in ``stop_reason``.
         """
-        with lock_run(self.session.folder), StopRequests() as requests:
+        with self._locked(), StopRequests() as requests:
             self.resume()
             self.stop_reason = None
             end = self.total_steps if steps is None else min(self.total_steps, self.step + steps)
             if self.step < end:
-                self._run_to(end, requests)
+                try:
+                    self._run_to(end, requests)
+                except BaseException:
+                    self._prepare()  # a step may be half done: what goes on later goes on from the last checkpoint
+                    raise
             else:
                 self.stop_reason = "finished" if self.step >= self.total_steps else "paused"
         return self.stop_reason
@@ -133,7 +154,7 @@ class Trainer:
         while self.step < end and self.stop_reason is None:
             started = time.monotonic()
             device = self.session.device
-            self._train_step([next(batches).to(device, non_blocking=True) for _ in range(every)])
+            self._train_step([next(batches).to(device, non_blocking=True) for _ in range(every)], started)
             trained = time.monotonic()
             self.seconds += trained - started
             self._after_step(end)
@@ -149,13 +170,34 @@ class Trainer:
         self._tell("on_stop")
 
     def resume(self) -> bool:
-        """Load the newest good checkpoint of the run folder, once per trainer; True if there was one."""
+        """Load the newest good checkpoint of the run folder, once per trainer; True if there was one.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them can be used.
+            RunLocked: another living process trains in this folder.
+            ValueError: another trainer was given this student since.
+        """
+        if getattr(self.student, _OWNER, None) is not self._owner:
+            raise ValueError(
+                f"Trainer: expected its student to itself, got one that a later trainer has taken over; for the run in "
+                f"{str(self.session.folder)!r} build student and trainer again"
+            )
         if self._resumed:
             return self.step > 0
+        with self._locked():
+            found = self._resume()
         self._resumed = True
+        return found
+
+    def _resume(self) -> bool:
         info, refusals = checkpoint.find_checkpoint(self.session.folder, run_id=self.run_id)
         if refusals:
             print(checkpoint.refusal_table(refusals))
+        if info is None and (refusals or list((self.session.folder / "ckpt").glob(".bad-*"))):
+            raise checkpoint.CheckpointError(
+                f"Trainer: expected a usable checkpoint in {str(self.session.folder / 'ckpt')!r}, got only refused "
+                "ones; repair it, or start anew under another name: build_session(run=...)"
+            )
         if info is None:
             # the start that the folder holds, whatever an earlier cell or session did to this student
             _load_start(self.student, self.session.folder)
@@ -176,6 +218,12 @@ class Trainer:
         Raises:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
+        self.resume()
+        with self._locked():
+            return self._save()
+
+    def _save(self) -> checkpoint.CheckpointInfo:
+        started = time.monotonic()
         self._flush()
         groups, state = self._state()
         self.save_number += 1
@@ -190,12 +238,14 @@ class Trainer:
             best=self.step == self._best_step,
         )
         self._last_save = time.monotonic()
+        self._save_seconds = self._last_save - started
         self.history.append({"kind": "event", "step": self.step, "what": "saved", "text": info.path.name})
         self._tell("on_save")
         return info
 
     def evaluate_now(self) -> float:
         """Held-out bits per byte of the student on the run's evaluation windows, recorded in the history."""
+        self.resume()
         self._flush()
         result = self._score(self.student)
         if self.best is None or result < self.best:
@@ -221,12 +271,17 @@ class Trainer:
     def train_control(self):
         """The student that the same start, tokens, order and rates give without a teacher.
 
-        Trained in ``<run>/control``, once: a second call, also in another session, finds it there. A run that this
-        session's clock cuts short goes on at the next call.
+        Trained in ``<run>/control``, once: a second call, also in another session, finds it there. Rates that suit
+        distillation need not suit the control: when the difference matters, give both their best.
 
         Returns:
             the trained student.
+
+        Raises:
+            RuntimeError: it was stopped before its end (Interrupt, or the session's time); call again to go on.
         """
+        if self._control_student is not None:
+            return self._control_student
         control = Trainer(
             self.initial_student(),
             None,
@@ -239,7 +294,12 @@ class Trainer:
             lr_schedule=self.lr_schedule,
         )
         self._control = control.history
-        control.fit()
+        if control.fit() != "finished":
+            raise RuntimeError(
+                f"train_control: stopped at step {control.step:,} of {control.total_steps:,} ({control.stop_reason}); "
+                "call it again to go on"
+            )
+        self._control_student = control.student
         return control.student
 
     def __repr__(self) -> str:
@@ -265,8 +325,11 @@ class Trainer:
 
     # --- the step -----------------------------------------------------------------------------------------------
 
-    def _train_step(self, batches: list[DistillBatch]) -> None:
-        """One optimizer step over all micro-batches, each term divided by its count in all of them."""
+    def _train_step(self, batches: list[DistillBatch], started: float) -> None:
+        """One optimizer step over all micro-batches, each term divided by its count in all of them.
+
+        ``started`` is when its batches were asked for, so that a slow loader shows in the speed.
+        """
         accelerator = self.accelerator
         shares = self.schedule.shares({t.name: t.weight for t in self.terms}, self.step / self.total_steps)
         rate = self.settings["learning_rate"] * self.lr_schedule.factor(self.step, self.total_steps)
@@ -275,11 +338,12 @@ class Trainer:
         counts = [sum(term.count(b) for b in batches) for term in self.terms]
         scales = [shares[t.name] / c if c else 0.0 for t, c in zip(self.terms, counts, strict=True)]
         self.optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
+        asked = self.teacher is not None and any(t.top_k for t in self.terms)
         sums = torch.zeros(len(self.terms), device=self.session.device)
         tail = torch.zeros((), device=self.session.device)
-        started = time.monotonic()
+        setattr(self.student, _STEPPED, True)
         for number, batch in enumerate(batches):
-            signal = None if self.teacher is None else self.teacher.signal(batch)
+            signal = self.teacher.signal(batch) if asked else None
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._prepared):
                 total, part = self._prepared(batch, signal, scales)
@@ -288,11 +352,12 @@ class Trainer:
             if signal is not None:
                 tail += signal.tail.exp().sum()
         norm = accelerator.clip_grad_norm_(self.module.parameters(), self.settings["max_grad_norm"])
-        if accelerator.scaler is None and not math.isfinite(float(norm)):
-            self.skipped_steps += 1  # a scaler sees to this itself
-        else:
+        skipped = accelerator.scaler is None and not math.isfinite(float(norm))
+        if not skipped:  # a scaler sees to this itself
             self.optimizer.step()
-            self.skipped_steps += bool(self.optimizer.step_was_skipped)
+            skipped = bool(self.optimizer.step_was_skipped)
+        self.skipped_steps += skipped
+        self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         predicted = sum(len(b.rows) for b in batches)
@@ -321,6 +386,7 @@ class Trainer:
         if not self._pending:
             return
         values = torch.stack([v for _, v in self._pending]).cpu().tolist()
+        broken: dict[str, list[int]] = {}
         for (record, _), (*sums, norm, tail) in zip(self._pending, values, strict=True):
             shares, counts = record.pop("shares"), record.pop("counts")
             terms = {}
@@ -338,9 +404,18 @@ class Trainer:
             record["total"] = sum(t["contribution"] for t in terms.values() if t["contribution"] is not None)
             record["grad_norm"] = norm
             taught = record.pop("taught_positions")
-            record["tail_mass"] = tail / taught if taught and self.teacher is not None else None
+            asked = self.teacher is not None and any(t.top_k for t in self.terms)
+            record["tail_mass"] = tail / taught if taught and asked else None
             self.history.append(record)
+            names = [n for n, t in terms.items() if t["value"] is not None and not math.isfinite(t["value"])]
+            if not names and not math.isfinite(norm) and self.accelerator.scaler is None:
+                names = ["the gradient"]
+            for name in names:
+                broken.setdefault(name, []).append(record["step"])
         self._pending.clear()
+        for name, steps in broken.items():
+            text = f"{name} was not finite at {len(steps)} steps from {steps[0]:,} on; they were skipped"
+            self.history.append({"kind": "event", "step": steps[-1], "what": "alarm", "text": text})
         self._tell("on_log")
 
     def _after_step(self, end: int) -> None:
@@ -349,8 +424,14 @@ class Trainer:
             self._flush()
         if self.step % self.settings["eval_every"] == 0 or self.step == self.total_steps:
             self.evaluate_now()
-        if time.monotonic() - self._last_save >= self.settings["save_minutes"] * 60 and self.step < end:
+        since = time.monotonic() - self._last_save
+        # the best weights are worth a save of their own where that stays a small part of the time
+        best = self._best_step == self.step and since >= 30 * self._save_seconds
+        if self.step < end and (best or since >= self.settings["save_minutes"] * 60):
             self._save_or_warn()
+        if self._skipped_in_row >= _MAX_SKIPPED:
+            self._flush()
+            self.stop_reason = f"{_MAX_SKIPPED} steps in a row had no finite gradient"
 
     def _save_or_warn(self) -> None:
         """A save in mid-run: a disk that refuses it now may take it later, so the run goes on and says so."""
@@ -383,6 +464,7 @@ class Trainer:
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
             "best": self.best,
+            "best_step": self._best_step,
             "optimizer": optim_state,
             "rng": rng_state,
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -400,11 +482,9 @@ class Trainer:
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.skipped_steps, self.best, self.save_number = (
-            state["skipped_steps"],
-            state["best"],
-            state["save_number"],
-        )
+        self.skipped_steps, self.save_number = state["skipped_steps"], state["save_number"]
+        self.best, self._best_step = state["best"], state["best_step"]
+        setattr(self.student, _STEPPED, self.step > 0)
 
     def _groups(self) -> list[dict]:
         """Parameter groups: matrices with weight decay, vectors without, parts of terms at their own rate."""
@@ -441,8 +521,22 @@ class Trainer:
 
     # --- small helps --------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _locked(self):
+        """Keep other processes out of the run folder; once held, holding it again changes nothing."""
+        if self._holds_lock:
+            yield
+            return
+        with lock_run(self.session.folder):
+            self._holds_lock = True
+            try:
+                yield
+            finally:
+                self._holds_lock = False
+
     def _score(self, model, side: str = "student") -> float:
-        with self.accelerator.autocast():
+        # the teacher is always read in its own dtype, as in training
+        with self.accelerator.autocast() if side == "student" else contextlib.nullcontext():
             return score(model, self.data.held_out, side=side, limit=self.settings["eval_windows"]).bits_per_byte
 
     def _reference_scores(self) -> None:
@@ -462,6 +556,7 @@ def _load_start(model, folder: Path) -> None:
     """Give a student the weights that it had before the first step of the run in ``folder``."""
     model.load_state_dict(load_file(folder / "initial.safetensors"), strict=False)
     model.tie_weights()
+    setattr(model, _STEPPED, False)
 
 
 def _untied(model) -> dict[str, torch.Tensor]:
@@ -530,9 +625,14 @@ def build_trainer(
     total = steps if steps is not None else round(epochs * data.batches_per_epoch / accumulation)
     if total < 1:
         raise ValueError(f"build_trainer: expected at least one step, got {total}; raise steps= or epochs=")
+    needs = [t for t in terms if t.top_k]
+    if needs and not any(t.name == "lm" and t.weight > 0 for t in terms):
+        raise ValueError(
+            f"build_trainer: expected an lm_term with a weight above 0 beside the teacher's terms, got {names}; "
+            "without it nobody sees whether the student still learns the language: add kd.lm_term()"
+        )
     schedule = schedule or constant()
     schedule.check({t.name: t.weight for t in terms})
-    needs = [t for t in terms if t.top_k]
     if needs and teacher is None:
         raise ValueError(
             f"build_trainer: expected a teacher for {', '.join(t.name for t in needs)}, got None; "
@@ -540,9 +640,10 @@ def build_trainer(
         )
     live = None
     check_model(student, data.pair.student_vocab, data.window, "student")
-    if teacher is not None and needs:
+    if teacher is not None:
         check_model(teacher, data.pair.teacher_vocab, data.window, "teacher")
-        live = LiveTeacher(teacher, data.pair.bridge, top_k=max(t.top_k for t in needs))
+        cells = max((t.top_k for t in needs), default=min(64, data.pair.bridge.student_size))
+        live = LiveTeacher(teacher, data.pair.bridge, top_k=cells)  # also without such a term: to be compared with
     settings = {
         "learning_rate": learning_rate,
         "accumulation": accumulation,

@@ -88,6 +88,7 @@ def test_quickstart_trains_the_recipe_that_is_measured():
     rate = f"{recipe.learning_rate:.0e}".replace("e-0", "e-")
     assert f"window={recipe.window}, batch_size={recipe.batch_size}" in source
     assert f"steps={recipe.steps}, learning_rate={rate}" in source
+    assert f"LearningRate(warmup={recipe.warmup:g})" in source
     assert f"kd.kd_term({recipe.kd_weight:g}" in source
     assert f"kd.lm_term({1 - recipe.kd_weight:.2g})" in source
 

@@ -80,13 +80,18 @@ def test_the_trainer_refuses_it_before_anything_begins(tmp_path):
 
 
 def test_a_moment_without_any_term_is_refused():
-    weights = {"lm": 0.5, "kd": 0.5}
+    weights = {"span": 0.5, "kd": 0.5}
     for at in (0.0, 0.1, 0.77, 1.0):  # the factor is 1 but at one moment
         hole = [(p, float(p != at)) for p in sorted({0.0, 0.5, 1.0, at})]
         with pytest.raises(ValueError, match=r"expected at least one term with weight at progress"):
-            piecewise(kd=hole, lm=hole).check(weights)
+            piecewise(kd=hole, span=hole).check(weights)
     with pytest.raises(ValueError, match=r"at least one term with weight"):
         constant().check({"lm": 0.0, "kd": 0.0})
+
+
+def test_the_lm_term_never_vanishes():
+    with pytest.raises(ValueError, match="expected the LM term to count at every step"):
+        piecewise(lm=[(0.0, 1.0), (0.8, 1.0), (1.0, 0.0)]).check({"lm": 0.5, "kd": 0.5})
 
 
 @pytest.mark.parametrize(

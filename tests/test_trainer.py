@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -28,7 +29,7 @@ from helpers import (
 from torch import nn
 
 from kd_kit import Callback, LearningRate, agreement, audit, build_data, evaluate, kd_term, lm_term, piecewise, score
-from kd_kit.checkpoint import find_checkpoint
+from kd_kit.checkpoint import CheckpointError, find_checkpoint, inspect_checkpoint
 from kd_kit.history import History, verdict
 from kd_kit.module import DistillModule
 from kd_kit.session import Session, process_age
@@ -179,7 +180,7 @@ def test_a_step_that_was_broken_off_leaves_no_gradient_behind(tmp_path):
     trainer = make_trainer(tmp_path / "broken", accumulation=3, terms=[lm, kd_term(0.9, top_k=8)])
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
-    assert 0 < trainer.step < 6
+    assert trainer.step == 0, "a step that was broken off may be half done: it goes on from the last checkpoint"
     trainer.fit()
     assert_same_run(whole, trainer)
 
@@ -375,7 +376,8 @@ def test_records_are_complete(tmp_path):
         assert record["terms"]["kd"]["count"] == len(batch.taught_rows)
     assert trainer.history.evaluations()[0] == [0, 4, 8, 12, 13]
     assert set(trainer.history.references()) == {"teacher"}
-    assert [e["what"] for e in trainer.history.events] == ["stopped", "saved"]
+    assert [e["what"] for e in trainer.history.events][-2:] == ["stopped", "saved"]
+    assert {e["what"] for e in trainer.history.events} == {"stopped", "saved"}
     assert trainer.history.records == History.load(tmp_path / "run" / "metrics.jsonl").records
 
 
@@ -562,7 +564,9 @@ def test_half_precision_changes_the_figures_little(tmp_path):
         ({"learning_rate": 0.0}, "learning_rate above 0, got 0"),
         ({"learning_rate": -1.0}, "learning_rate above 0, got -1"),
         ({"learning_rate": math.nan}, "learning_rate above 0, got nan"),
-        ({"terms": [kd_term(top_k=5000)]}, "top_k <= 2048"),
+        ({"terms": [lm_term(), kd_term(top_k=5000)]}, "top_k <= 2048"),
+        ({"terms": [kd_term()]}, "an lm_term with a weight above 0"),
+        ({"terms": [lm_term(0.0), kd_term()]}, "an lm_term with a weight above 0"),
         ({"terms": [lm_term(0.0)]}, "at least one term with weight"),
     ],
 )
@@ -580,10 +584,12 @@ def test_epochs_become_steps(tmp_path):
     assert trainer.total_steps == round(data.batches_per_epoch / 2)
 
 
-def test_a_teacher_that_no_term_needs_is_not_asked(tmp_path):
+def test_a_teacher_that_no_term_needs_is_not_asked(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "run", terms=[lm_term()], steps=1)
-    assert trainer.teacher is None
-    assert trainer.fit() == "finished"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.teacher), "signal", lambda *_: pytest.fail("the teacher was asked"))
+        assert trainer.fit() == "finished"
+    assert "distilled" in evaluate(trainer, limit=2).rows, "it is there to be compared with"
 
 
 def test_without_a_session_there_is_one(tmp_path, monkeypatch):
@@ -657,9 +663,30 @@ def test_it_saves_by_the_clock(tmp_path):
     trainer.fit()
     saved = [e["step"] for e in trainer.history.events if e["what"] == "saved"]
     assert saved == [1, 2, 3, 4]
-    trainer = make_trainer(tmp_path / "other", save_minutes=10, steps=4)
+    trainer = make_trainer(tmp_path / "other", save_minutes=10, steps=4, eval_every=4)
     trainer.fit()
     assert [e["step"] for e in trainer.history.events if e["what"] == "saved"] == [4]
+
+
+def test_the_best_weights_are_saved_and_kept(tmp_path):
+    trainer = make_trainer(tmp_path / "run", save_minutes=10, steps=8, eval_every=1)
+    scores = iter([3.0, 2.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    trainer._score = lambda model, side="student": next(scores) if side == "student" else 1.0
+
+    class Free(Callback):
+        """Saves that cost nothing, so that every best evaluation is worth one."""
+
+        def on_save(self, trainer):
+            trainer._save_seconds = 0.0
+
+    trainer.callbacks.append(Free())
+    trainer.fit()
+    found = {int(p.name.split("-")[1]): p for p in (tmp_path / "run" / "ckpt").glob("step-*")}
+    assert 2 in found, "the evaluation after step 2 was the best"
+    assert inspect_checkpoint(found[2]).best
+    again = make_trainer(tmp_path / "run", steps=8, eval_every=1)
+    again.resume()
+    assert (again.best, again._best_step) == (1.0, 2)
 
 
 # --- control ---------------------------------------------------------------------------------------------------------
@@ -759,3 +786,66 @@ def test_timing_is_kept_over_sessions(tmp_path):
     started = time.monotonic()
     again.fit()
     assert before < again.seconds < before + time.monotonic() - started
+
+
+# --- a student belongs to one trainer, and a broken run says so -----------------------------------------------------
+
+
+def test_a_student_that_was_trained_starts_no_new_run(tmp_path):
+    student = tiny_student()
+    make_trainer(tmp_path / "one", student=student, steps=2).fit()
+    with pytest.raises(ValueError, match=r"untouched student for the new run .*build_student again"):
+        make_trainer(tmp_path / "two", student=student, steps=2)
+
+
+def test_a_trainer_that_lost_its_student_says_so(tmp_path):
+    student = tiny_student()
+    first = make_trainer(tmp_path / "one", student=student, steps=2)
+    make_trainer(tmp_path / "two", student=student, steps=2)
+    for use in (first.fit, first.save, first.evaluate_now, lambda: evaluate(first)):
+        with pytest.raises(ValueError, match="a later trainer has taken over"):
+            use()
+
+
+def test_only_damaged_checkpoints_stop_the_run_and_keep_its_records(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=4)
+    trainer.fit(steps=2)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for path in (tmp_path / "run" / "ckpt").glob("step-*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):  # the second time they are set aside already
+        with pytest.raises(CheckpointError, match="expected a usable checkpoint"):
+            make_trainer(tmp_path / "run", steps=4).fit()
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+def test_a_teacher_that_is_not_finite_is_an_alarm_and_ends_the_run(tmp_path, monkeypatch):
+    """NaN from a teacher that overflows in half precision must not become a loss of 0."""
+    trainer = make_trainer(tmp_path / "run", steps=60, eval_every=60)
+    right = trainer.teacher.signal
+
+    def broken(batch):
+        signal = right(batch)
+        return dataclasses.replace(signal, log_probs=signal.log_probs * math.nan, tail=signal.tail * math.nan)
+
+    monkeypatch.setattr(trainer.teacher, "signal", broken)
+    before = weights_of(trainer)
+    assert trainer.fit() == "20 steps in a row had no finite gradient"
+    assert trainer.skipped_steps == 20
+    assert_same_tensors(before, weights_of(trainer))
+    alarms = [e["text"] for e in trainer.history.events if e["what"] == "alarm"]
+    assert any(text.startswith("kd was not finite at 10 steps from 1 on") for text in alarms)
+    assert math.isnan(trainer.history.series("kd")[1][0])
+
+
+def test_a_control_that_was_interrupted_is_no_control(tmp_path, monkeypatch, capsys):
+    trainer = make_trainer(tmp_path / "run", steps=4)
+    trainer.fit()
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_kit.trainer.Trainer._time_is_over", lambda self: self.step >= 2)
+        with pytest.raises(RuntimeError, match=r"train_control: stopped at step 2 of 4 .*call it again"):
+            trainer.train_control()
+        report = evaluate(trainer, control=True, limit=2)
+    assert "LM-only control" not in report.rows
+    assert "stopped at step 3 of 4" in capsys.readouterr().out, "it went on where it had stopped, for a step"
+    assert "LM-only control" in evaluate(trainer, control=True, limit=2).rows

@@ -78,13 +78,14 @@ def body_of(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing of that kind is found.
     """
-    body = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", None)
-    if body is None or body is model:
-        raise ValueError(
-            f"body_of: expected a causal language model with a body below its head, got {type(model).__name__}; "
-            "load it with AutoModelForCausalLM"
-        )
-    return body
+    found = (model.get_decoder() if hasattr(model, "get_decoder") else None, getattr(model, "base_model", None))
+    for body in found:  # transformers 4 has families that know only the second
+        if body is not None and body is not model:
+            return body
+    raise ValueError(
+        f"body_of: expected a causal language model with a body below its head, got {type(model).__name__}; "
+        "load it with AutoModelForCausalLM"
+    )
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,8 @@ def check_model(model, vocab: Vocabulary, window: int, who: str) -> None:
 def export(student, folder: str | os.PathLike, tokenizers: TokenizerPair | None = None) -> Path:
     """Write the student as a plain transformers folder: weights, configuration and, if given, its tokenizer."""
     folder = Path(folder)
-    student.save_pretrained(folder)
+    with _no_progress_bars():
+        student.save_pretrained(folder)
     if tokenizers is not None:
         tokenizers.student.save_pretrained(folder)
     return folder

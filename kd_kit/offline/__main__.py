@@ -95,6 +95,7 @@ def write_tokenizer(cut: dict, folder: Path, **specials: str) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **specials,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

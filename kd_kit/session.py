@@ -23,6 +23,11 @@ def on_kaggle() -> bool:
     return bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE")) and KAGGLE_WORKING.is_dir()
 
 
+def shown(path: Path) -> Path:
+    """A path as people read it: from the working directory where it lies below that."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def process_age() -> float:
     """Seconds since this process started, so that the clock also counts what ran before it was built."""
     try:
@@ -118,7 +123,7 @@ class Session:
         return (
             f"machine    {machine} ({where})\n"
             f"precision  {precision.get(self.precision, self.precision)}\n"
-            f"folder     {self.folder} ({state}; {free:.0f} GiB free)\n"
+            f"folder     {shown(self.folder)} ({state}; {free:.0f} GiB free)\n"
             f"clock      {clock}\n"
             f"versions   python {platform.python_version()}, torch {torch.__version__}, "
             + ", ".join(f"{n} {v}" for n, v in _versions(("transformers", "accelerate", "datasets")).items())

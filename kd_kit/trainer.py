@@ -27,7 +27,7 @@ from kd_kit.models import check_model
 from kd_kit.module import DistillModule
 from kd_kit.run_config import check_run, run_config
 from kd_kit.run_lock import lock_run
-from kd_kit.session import Session, StopRequests, build_session
+from kd_kit.session import Session, StopRequests, build_session, shown
 from kd_kit.stages import LearningRate, Schedule, constant
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, flatten_optimizer, restore_rng, unflatten_optimizer
@@ -319,7 +319,7 @@ class Trainer:
                 f"{max(1, round(self.lr_schedule.warmup * self.total_steps)):,}, decay from step "
                 f"{self.total_steps - round(self.lr_schedule.decay * self.total_steps):,}",
                 f"trained   {trained:,} parameters",
-                f"run       {self.session.folder} (id {self.run_id})",
+                f"run       {shown(self.session.folder)} (id {self.run_id})",
             ]
         )
 

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
 
 from kd_kit import build_session, session
-from kd_kit.session import Session, StopRequests, default_precision, process_age
+from kd_kit.session import Session, StopRequests, default_precision, process_age, shown
 
 
 @pytest.fixture(autouse=True)
@@ -258,3 +259,9 @@ def test_a_run_stops_for_real_signals(tmp_path):
             child.kill()
         child.stdout.close()
         child.wait()
+
+
+def test_a_folder_is_shown_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "kd_runs" / "a") == Path("kd_runs/a")
+    assert shown(Path("/elsewhere/a")) == Path("/elsewhere/a")

@@ -166,7 +166,8 @@ def build_dashboard(trainer: Any, *, title: str | None = None) -> Dashboard:
     """A dashboard that follows ``trainer``: make it the last expression of a cell, then ``trainer.fit()``.
 
     Uses ``trainer.history``, ``trainer.control_history`` (or None) and ``trainer.callbacks``, to which it
-    adds itself. Run twice, the new dashboard takes the place of the former one.
+    adds itself. Run twice, the new dashboard takes the place of the former one. Without a ``title`` it bears
+    the run's name.
 
     Raises:
         ValueError: the trainer lacks one of the three.
@@ -178,6 +179,8 @@ def build_dashboard(trainer: Any, *, title: str | None = None) -> Dashboard:
             f"build_dashboard: expected a trainer with history, control_history and callbacks, got "
             f"{type(trainer).__name__} without {', '.join(missing)}; for a history alone use Dashboard(history)"
         )
+    if title is None and hasattr(trainer, "session"):
+        title = f"Run {trainer.session.folder.name}"
     dashboard = Dashboard(trainer.history, control=trainer.control_history, title=title)
     dashboard._trainer = trainer
     others = [callback for callback in trainer.callbacks if not isinstance(callback, Dashboard)]

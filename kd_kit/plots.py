@@ -316,7 +316,7 @@ def _status(history: History) -> str:
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("grad_norm", "gradient norm {:.3g}"),
         ("skipped_steps", "{:,} skipped"),
-        ("aligned_share", "{:.0%} aligned"),
+        ("taught_share", "{:.0%} of tokens taught"),
         ("tail_mass", "tail mass {:.3f}"),
     ):
         value = now.get(field)

@@ -80,7 +80,7 @@ HISTORIES = {
     "a spike": build({"kd": lambda s: 1e6 if s == 3 else 1.0}, steps=range(1, 200)),
     "undeclared": build({"mine": constant(1.0), "$x$ <b>": constant(2.0)}),
     "sick": build({"kd": constant(34.0), "feature": constant(170.0)}, steps=range(1, 100), grad_norm=math.nan),
-    "bare": build({"lm": constant(4.0)}, lr=None, grad_norm=None, tail_mass=None, aligned_share=0.93),
+    "bare": build({"lm": constant(4.0)}, lr=None, grad_norm=None, tail_mass=None, taught_share=0.93),
     "all one level": build({"lm": constant(4.0)}, evaluations=[(1, 2.0), (2, 2.0)], references=[("teacher", 2.0)]),
 }
 

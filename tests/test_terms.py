@@ -145,14 +145,14 @@ def test_the_lm_term_cannot_vanish(tmp_path):
     assert len(records) == 12
     for record in records:
         assert record["terms"]["lm"]["value"] > 0
-        assert record["terms"]["lm"]["weight"] == pytest.approx(0.05)
+        assert record["terms"]["lm"]["weight"] == pytest.approx(0.3)
         assert record["terms"]["lm"]["count"] > 0
     assert body_of(trainer.student) is not None
     assert head_of(trainer.student).weight is trainer.student.get_output_embeddings().weight
 
 
 def test_repr_and_meta_name_the_range():
-    assert repr(kd_term()) == "kd: weight 0.95, healthy 0.05 to 3 nats/token"
+    assert repr(kd_term()) == "kd: weight 0.7, healthy 0.05 to 3 nats/token"
     assert kd_term().meta == {
         "unit": "nats/token",
         "healthy": [0.05, 3.0],

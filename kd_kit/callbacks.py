@@ -30,14 +30,14 @@ class PrintLines(Callback):
     12,500 steps with an evaluation every 500 print some 150 lines.
     """
 
-    def __init__(self, every: int = 100, print=print):
+    def __init__(self, every: int = 100, *, prefix: str = "", print=print):
         self.every = every
-        self.print = print
+        self.print = lambda line: print(prefix + line)
         self._next = 0
         self._events = 0
 
     def on_start(self, trainer) -> None:
-        self._next = trainer.step + self.every
+        self._next = trainer.step - trainer.step % self.every + self.every
         events = trainer.history.events
         self._events = len(events) - (bool(events) and events[-1]["what"] == "resumed")
         self._tell_events(trainer)

@@ -203,10 +203,14 @@ class Report:
 
     def sentences(self) -> list[str]:
         """What the table says, in words."""
-        out = [
-            f"After {self.step:,} steps the student closed {self.retention:.0%} of the gap to its teacher "
-            f"in bits per byte on {self.bytes:,} held-out bytes."
-        ]
+        out = []
+        if self.rows["teacher"]["bits_per_byte"] < self.rows["before"]["bits_per_byte"]:
+            out.append(
+                f"After {self.step:,} steps the student closed {self.retention:.0%} of the gap to its teacher "
+                f"in bits per byte on {self.bytes:,} held-out bytes."
+            )
+        if self.bytes < 10_000:
+            out.append(f"{self.bytes:,} held-out bytes are few: these figures mean little, hold out more text.")
         if self.gain is not None:
             word = "below" if self.gain > 0 else "above"
             tokens = "on the same tokens"
@@ -261,7 +265,7 @@ class Report:
 def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Report:
     """Measure the student of a run on all held-out text, beside its teacher, its start and a control.
 
-    Writes ``report.json`` into the run folder.
+    Writes ``report.json`` into the run folder, or ``report-<limit>-windows.json``.
 
     Args:
         control: also the student that the same start, tokens and rates give without a teacher; it is trained now if
@@ -276,7 +280,11 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
     trainer.resume()  # in a new session the cell that trains may have been left out
     windows, device = trainer.data.held_out, trainer.session.device
     students, control_step = {"before": trainer.initial_student()}, None
-    if control:
+    if limit is not None and limit < 1:
+        raise ValueError(f"evaluate: expected a limit of at least 1 window, got {limit}")
+    if control and trainer.stop_reason in ("interrupted", "terminated"):
+        print(f"evaluate: the run was {trainer.stop_reason}, so no control is trained now")
+    elif control:
         try:
             students["LM-only control"] = trainer.train_control()
             control_step = trainer.total_steps
@@ -291,7 +299,8 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
     best = score(trainer.teacher.model, windows, side="teacher", limit=limit)
     rows["teacher"] = _row(best, trainer.teacher.model, None)
     report = Report(rows, best.bytes, trainer.step, control_step)
-    (trainer.session.folder / "report.json").write_text(report.to_json())
+    name = "report.json" if limit is None else f"report-{limit}-windows.json"
+    (trainer.session.folder / name).write_text(report.to_json())
     return report
 
 

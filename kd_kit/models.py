@@ -53,9 +53,11 @@ def _from_pretrained(loader, name: str | os.PathLike, where: str, **arguments):
             return loader.from_pretrained(located, **extra, **arguments)
     except (OSError, ValueError, SafetensorError) as error:
         hint = (
-            "check the folder"
+            "check the folder (weights missing: build_student(..., from_scratch=True); tokenizer missing: save it "
+            "there)"
             if Path(located).is_dir()
-            else "check the spelling, that the internet is on and, for a gated model, that you are logged in"
+            else "no folder of that name is here, so it was looked for on the hub: check the spelling, that the "
+            "internet is on and, for a gated model, that you are logged in"
         )
         raise ValueError(
             f"{where}: expected a model that transformers can load, got {os.fspath(name)!r} "
@@ -156,6 +158,11 @@ def build_student(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not isinstance(name, (str, os.PathLike)):
+        raise ValueError(
+            f"build_student: expected a hub name, a folder or a GGUF file, got {type(name).__name__}; a model that you "
+            "have already is a student as it is"
+        )
     if from_scratch is None:
         from_scratch = os.fspath(name) == offline.STUDENT
     if from_scratch:

@@ -34,6 +34,7 @@ def run_config(trainer) -> dict:
         "data": trainer.data.fingerprint,
         "teacher": teacher,
         "student": shapes,
+        "start": trainer.start_fingerprint(),
         "terms": [t.name for t in trainer.terms],
         **{f"{t.name}.{k}": v for t in trainer.terms for k, v in ({"weight": t.weight} | dict(t.settings)).items()},
         "schedule": repr(trainer.schedule),
@@ -45,6 +46,8 @@ def run_config(trainer) -> dict:
 
 def check_run(folder: Path, config: dict) -> str | None:
     """The id of the run that lives in ``folder``; None if it is new.
+
+    A run keeps the start it has, whatever student is given to it later: the stored one is put into ``config``.
 
     What does not decide which sample meets which weights (rates, weights, steps, logging) may change between two
     sessions; a line says so.
@@ -68,13 +71,28 @@ def check_run(folder: Path, config: dict) -> str | None:
             f"build_trainer: expected a RUN.json that can be read, got {str(path)!r} ({error}); "
             "give the run another name: build_session(run=...)"
         ) from error
+    start = before.get("start")
+    if start is not None and config["start"] not in (None, start):
+        print(
+            f"{folder.name}: goes on with the student that it started with; the weights of the one given now (another "
+            "seed, or another model) are not used"
+        )
+    config["start"] = start or config["start"]
     changed = [what for key, what in _FIXED.items() if before.get(key) != config[key]]
     if changed:
         raise ValueError(
             f"build_trainer: expected the configuration of the run in {str(folder)!r}, got another one: "
             f"{', '.join(changed)} changed; go back to it, or give the new run another name: build_session(run=...)"
         )
-    notes = [f"{k} {before.get(k)} -> {v}" for k, v in config.items() if k not in _FIXED and before.get(k) != v]
+    notes = [
+        f"{k} {_short(before.get(k))} -> {_short(v)}"
+        for k, v in config.items()
+        if k not in _FIXED and before.get(k) != v
+    ]
     if notes:
         print(f"{folder.name}: goes on with {', '.join(notes)}")
     return run_id
+
+
+def _short(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import time
@@ -95,7 +96,9 @@ class Trainer:
                 "another run has trained; build_student again"
             )
         self.run_id = found or uuid.uuid4().hex[:12]
-        self._write_run(folder, config)
+        self._config = config
+        if found is None:
+            self._write_run()
         self._owner = object()
         setattr(student, _OWNER, self._owner)
 
@@ -139,10 +142,15 @@ class Trainer:
                     raise
             else:
                 self.stop_reason = "finished" if self.step >= self.total_steps else "paused"
+                print(
+                    f"{self.session.folder.name}: {self.stop_reason} at step {self.step:,} of {self.total_steps:,}, "
+                    "nothing is trained; other settings or more steps want a run of another name, or steps="
+                )
         return self.stop_reason
 
     def _run_to(self, end: int, requests: StopRequests) -> None:
         """The loop itself, and the save behind it."""
+        self._write_run()
         self._reference_scores()
         self.module.train()
         self._tell("on_start")
@@ -282,6 +290,7 @@ class Trainer:
         """
         if self._control_student is not None:
             return self._control_student
+        print(f"control: the same student without a teacher, {self.total_steps:,} steps")
         control = Trainer(
             self.initial_student(),
             None,
@@ -293,6 +302,7 @@ class Trainer:
             schedule=constant(),
             lr_schedule=self.lr_schedule,
         )
+        control.callbacks = [PrintLines(self.settings["log_every"], prefix="control  ")]
         self._control = control.history
         if control.fit() != "finished":
             raise RuntimeError(
@@ -313,7 +323,7 @@ class Trainer:
         return "\n".join(
             [
                 *lines,
-                f"steps     {self.total_steps:,} of {per_step} windows ({self.step:,} done), "
+                f"plan      {self.total_steps:,} steps of {per_step} windows each ({self._steps_done():,} done), "
                 f"{self.total_steps * self.settings['accumulation'] / self.data.batches_per_epoch:.2f} epochs",
                 f"rate      peak {self.settings['learning_rate']:g}, warm-up to step "
                 f"{max(1, round(self.lr_schedule.warmup * self.total_steps)):,}, decay from step "
@@ -322,6 +332,18 @@ class Trainer:
                 f"run       {shown(self.session.folder)} (id {self.run_id})",
             ]
         )
+
+    def start_fingerprint(self) -> str | None:
+        """Hash of some of every weight of a student that was not trained yet; None for one that was."""
+        if getattr(self.student, _STEPPED, False):
+            return None
+        some = [p.detach().flatten()[:64].float().cpu() for p in self.student.parameters()]
+        return hashlib.sha256(torch.cat(some).numpy().tobytes()).hexdigest()[:16]
+
+    def _steps_done(self) -> int:
+        """Steps that the run has behind it, also before this trainer has loaded them."""
+        saved = [int(p.name.split("-")[1]) for p in (self.session.folder / "ckpt").glob("step-*")]
+        return self.step if self._resumed else max([self.step, *saved])
 
     # --- the step -----------------------------------------------------------------------------------------------
 
@@ -499,10 +521,11 @@ class Trainer:
             group["lr"] = self.settings["learning_rate"] * group["rate_factor"]
         return [g for g in groups if g["params"]]
 
-    def _write_run(self, folder: Path, config: dict) -> None:
+    def _write_run(self) -> None:
         """RUN.json, and with a new run the student's start."""
+        folder = self.session.folder
         path = folder / "RUN.json"
-        text = json.dumps({"run_id": self.run_id, "config": config}, indent=1)
+        text = json.dumps({"run_id": self.run_id, "config": self._config}, indent=1)
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             save_file(_untied(self.student), folder / "initial.safetensors")
@@ -569,6 +592,27 @@ def _untied(model) -> dict[str, torch.Tensor]:
     return out
 
 
+def _check_kinds(student, teacher, data, terms, session, steps) -> None:
+    """Raise a sentence where an argument is another kind of thing than is wanted."""
+    wanted = (
+        ("student", student, hasattr(student, "get_output_embeddings"), "what build_student returns"),
+        (
+            "teacher",
+            teacher,
+            teacher is None or hasattr(teacher, "get_output_embeddings"),
+            "what build_teacher returns",
+        ),
+        ("data", data, isinstance(data, DistillData), "what build_data returns"),
+        ("session", session, session is None or isinstance(session, Session), "what build_session returns"),
+        ("steps", steps, steps is None or isinstance(steps, int), "a whole number"),
+        *(("terms", term, isinstance(term, LossTerm), "a list of terms such as kd.kd_term()") for term in terms),
+    )
+    for name, value, right, what in wanted:
+        if not right:
+            got = f"{type(value).__name__} {str(value)[:60]!r}"
+            raise ValueError(f"build_trainer: expected {name} to be {what}, got {got}")
+
+
 def build_trainer(
     student,
     teacher,
@@ -612,7 +656,9 @@ def build_trainer(
         ValueError: a model, tokenizer, window, K or setting that cannot work, or a run folder of another
             configuration.
     """
-    terms = [lm_term(), kd_term()] if terms is None else list(terms)
+    terms = [lm_term(), kd_term()] if terms is None else terms
+    terms = list(terms) if isinstance(terms, (list, tuple)) else [terms]
+    _check_kinds(student, teacher, data, terms, session, steps)
     names = [t.name for t in terms]
     if not terms or len(set(names)) != len(names):
         raise ValueError(f"build_trainer: expected one or more terms with different names, got {names}")

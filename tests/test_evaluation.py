@@ -251,11 +251,11 @@ def test_the_report_says_when_the_control_had_other_tokens(tmp_path):
     trainer.fit(steps=3)
     report = evaluate(trainer, control=True, limit=2)
     assert (report.step, report.control_step) == (3, 8)
-    assert "for 8 steps: these are not the same tokens" in report.sentences()[1]
+    assert "for 8 steps: these are not the same tokens" in " ".join(report.sentences())
     trainer.fit()
     report = evaluate(trainer, control=True, limit=2)
     assert (report.step, report.control_step) == (8, 8)
-    assert report.sentences()[1].endswith("without a teacher on the same tokens.")
+    assert " ".join(report.sentences()).endswith("without a teacher on the same tokens.")
     assert evaluate(trainer, limit=2).control_step is None
 
 

@@ -120,8 +120,8 @@ def test_the_configuration_is_plain_json(tmp_path):
 
 
 def test_a_change_is_said_once(run, capsys):
-    make_trainer(run, steps=4)
-    assert "goes on with" in capsys.readouterr().out
+    make_trainer(run, steps=4).fit()
+    assert "goes on with steps 2 -> 4" in capsys.readouterr().out
     make_trainer(run, steps=4)
     assert "goes on with" not in capsys.readouterr().out
 
@@ -133,3 +133,13 @@ def test_other_held_out_text_is_another_run(tmp_path):
     make_trainer(tmp_path / "run", data=with_held_out("What is measured, and on which words."))
     with pytest.raises(ValueError, match="the held-out text"):
         make_trainer(tmp_path / "run", data=with_held_out("What is measured, and on other words."))
+
+
+def test_another_start_is_said_and_not_used(run, capsys):
+    first = (run / "initial.safetensors").read_bytes()
+    trainer = make_trainer(run, student=tiny_student(seed=5), steps=4)
+    assert "the weights of the one given now (another seed, or another model) are not used" in capsys.readouterr().out
+    trainer.fit()
+    assert (run / "initial.safetensors").read_bytes() == first
+    make_trainer(run, steps=4)
+    assert "are not used" not in capsys.readouterr().out

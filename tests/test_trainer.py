@@ -601,7 +601,13 @@ def test_without_a_session_there_is_one(tmp_path, monkeypatch):
 
 def test_repr_says_what_will_happen(tmp_path):
     said = repr(make_trainer(tmp_path / "run", accumulation=2))
-    for part in ("lm        share 0.10", "kd        share 0.90", "6 of 4 windows (0 done)", "peak 0.01", str(tmp_path)):
+    for part in (
+        "lm        share 0.10",
+        "kd        share 0.90",
+        "6 steps of 4 windows each (0 done)",
+        "peak 0.01",
+        str(tmp_path),
+    ):
         assert part in said
 
 

@@ -12,7 +12,7 @@ from kd_kit.sample import compare_text
 from kd_kit.session import build_session
 from kd_kit.stages import LearningRate, Schedule, constant, piecewise
 from kd_kit.terms import LossTerm, kd_term, lm_term
-from kd_kit.trainer import build_trainer
+from kd_kit.trainer_builder import build_trainer
 from kd_kit.vocabulary_audit import audit
 
 __version__ = "0.1.0"

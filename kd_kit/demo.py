@@ -19,7 +19,7 @@ from kd_kit.models import build_student, build_teacher, build_tokenizers
 from kd_kit.session import build_session
 from kd_kit.stages import LearningRate
 from kd_kit.terms import kd_term, lm_term
-from kd_kit.trainer import build_trainer
+from kd_kit.trainer_builder import build_trainer
 
 
 @dataclass(frozen=True)

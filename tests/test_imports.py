@@ -33,7 +33,7 @@ LEVELS = {
     "models": ["offline", "models", "teacher"],
     "decisions": ["terms", "stages", "table", "drawing", "plots"],
     "parts of a run": ["callbacks", "checkpoint_folder", "checkpoint", "evaluation", "sample", "vocabulary_audit"],
-    "the run": ["module", "trainer"],
+    "the run": ["module", "trainer", "trainer_builder"],
     "judgement": ["demo"],
     "faces": ["dashboard", "notebook_run"],
     "makers of the embedded default": [

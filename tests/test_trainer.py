@@ -34,7 +34,7 @@ from kd_kit.history import History, verdict
 from kd_kit.module import DistillModule
 from kd_kit.session import Session, process_age
 from kd_kit.terms import LossTerm
-from kd_kit.trainer import build_trainer
+from kd_kit.trainer_builder import build_trainer
 from kd_kit.types import LossValue
 
 

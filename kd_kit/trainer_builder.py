@@ -1,0 +1,137 @@
+"""From plain arguments to a run that can work: every check that costs little is made before anything long begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from kd_kit.data import DistillData
+from kd_kit.models import check_model
+from kd_kit.session import Session, build_session
+from kd_kit.stages import LearningRate, Schedule, constant
+from kd_kit.teacher import LiveTeacher
+from kd_kit.terms import LossTerm, kd_term, lm_term
+from kd_kit.trainer import Trainer
+
+
+def _check_kinds(student, teacher, data, terms, session, steps) -> None:
+    """Raise a sentence where an argument is another kind of thing than is wanted."""
+    wanted = (
+        ("student", student, hasattr(student, "get_output_embeddings"), "what build_student returns"),
+        (
+            "teacher",
+            teacher,
+            teacher is None or hasattr(teacher, "get_output_embeddings"),
+            "what build_teacher returns",
+        ),
+        ("data", data, isinstance(data, DistillData), "what build_data returns"),
+        ("session", session, session is None or isinstance(session, Session), "what build_session returns"),
+        ("steps", steps, steps is None or isinstance(steps, int), "a whole number"),
+        *(("terms", term, isinstance(term, LossTerm), "a list of terms such as kd.kd_term()") for term in terms),
+    )
+    for name, value, right, what in wanted:
+        if not right:
+            got = f"{type(value).__name__} {str(value)[:60]!r}"
+            raise ValueError(f"build_trainer: expected {name} to be {what}, got {got}")
+
+
+def build_trainer(
+    student,
+    teacher,
+    data: DistillData,
+    terms: Sequence[LossTerm] | None = None,
+    *,
+    session: Session | None = None,
+    steps: int | None = None,
+    epochs: float = 1.0,
+    learning_rate: float = 5e-4,
+    schedule: Schedule | None = None,
+    lr_schedule: LearningRate | None = None,
+    accumulation: int = 1,
+    weight_decay: float = 0.1,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    eval_every: int | None = None,
+    eval_windows: int = 64,
+    log_every: int = 100,
+    save_minutes: float = 10.0,
+    workers: int = 0,
+) -> Trainer:
+    """Put a run together and check that it can work, before anything long begins.
+
+    Args:
+        student: from :func:`build_student`. teacher: from :func:`build_teacher`, or None for terms that need none.
+        data: from :func:`build_data`.
+        terms: what is taught; ``[lm_term(), kd_term()]`` if left out.
+        session: from :func:`build_session`; a new one if left out.
+        steps: optimizer steps, or else ``epochs`` over the training windows.
+        learning_rate: peak rate of the student; 5e-4 suits pretrained students, untrained ones take several times that.
+        schedule: shares of the terms over the run. lr_schedule: warm-up, stable, decay.
+        accumulation: batches per optimizer step.
+        seed: of the order of the data.
+        eval_every: steps between evaluations; a tenth of the run if left out. eval_windows: held-out windows that
+            each of them looks at, spread evenly (:func:`kd_kit.evaluate` looks at all).
+        log_every: steps between printed lines. save_minutes: between checkpoints; one is always written at the end.
+        workers: processes that prepare batches.
+
+    Raises:
+        ValueError: a model, tokenizer, window, K or setting that cannot work, or a run folder of another
+            configuration.
+    """
+    terms = [lm_term(), kd_term()] if terms is None else terms
+    terms = list(terms) if isinstance(terms, (list, tuple)) else [terms]
+    _check_kinds(student, teacher, data, terms, session, steps)
+    names = [t.name for t in terms]
+    if not terms or len(set(names)) != len(names):
+        raise ValueError(f"build_trainer: expected one or more terms with different names, got {names}")
+    positive = {"accumulation": accumulation, "log_every": log_every, "eval_windows": eval_windows}
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"build_trainer: expected {name} of at least 1, got {value}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"build_trainer: expected a learning_rate above 0, got {learning_rate}")
+    total = steps if steps is not None else round(epochs * data.batches_per_epoch / accumulation)
+    if total < 1:
+        raise ValueError(f"build_trainer: expected at least one step, got {total}; raise steps= or epochs=")
+    needs = [t for t in terms if t.top_k]
+    if needs and not any(t.name == "lm" and t.weight > 0 for t in terms):
+        raise ValueError(
+            f"build_trainer: expected an lm_term with a weight above 0 beside the teacher's terms, got {names}; "
+            "without it nobody sees whether the student still learns the language: add kd.lm_term()"
+        )
+    schedule = schedule or constant()
+    schedule.check({t.name: t.weight for t in terms})
+    if needs and teacher is None:
+        raise ValueError(
+            f"build_trainer: expected a teacher for {', '.join(t.name for t in needs)}, got None; "
+            "pass build_teacher(...), or terms that need none"
+        )
+    live = None
+    check_model(student, data.pair.student_vocab, data.window, "student")
+    if teacher is not None:
+        check_model(teacher, data.pair.teacher_vocab, data.window, "teacher")
+        cells = max((t.top_k for t in needs), default=min(64, data.pair.bridge.student_size))
+        live = LiveTeacher(teacher, data.pair.bridge, top_k=cells)  # also without such a term: to be compared with
+    settings = {
+        "learning_rate": learning_rate,
+        "accumulation": accumulation,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "seed": seed,
+        "eval_every": eval_every or max(1, total // 10),
+        "eval_windows": eval_windows,
+        "log_every": log_every,
+        "save_minutes": save_minutes,
+        "workers": workers,
+    }
+    return Trainer(
+        student,
+        live,
+        data,
+        terms,
+        session=session or build_session(),
+        total_steps=total,
+        settings=settings,
+        schedule=schedule,
+        lr_schedule=lr_schedule or LearningRate(),
+    )

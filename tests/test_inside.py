@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from kd_kit import build_data, build_teacher, build_tokenizers, offline
+from kd_kit.align import align
+from kd_kit.data import WindowSet
 from kd_kit.inside import InsideBridge
 from kd_kit.teacher import LiveTeacher
 from kd_kit.vocab import Bridge, Vocabulary
@@ -140,3 +144,20 @@ def test_spans_are_the_tokens_that_start_with_the_prefix():
             named = {TEACHER.tokens[t] for t in range(1, TEACHER.size)}
             wanted = {t for t in named if t.startswith(TEACHER.tokens[token][:depth])}
             assert set(np.array(sorted(named), dtype=object)[first:last]) == wanted
+
+
+def prefixes_of_a_first_token(student_token: bytes, teacher_token: bytes) -> list[int]:
+    """What a window says about the position before its first token, which covers the text ``She``."""
+    teacher = vocabulary(b"<s>", teacher_token, special=(0,))
+    student = vocabulary(b"<s>", student_token, special=(0,))
+    pair = SimpleNamespace(teacher_vocab=teacher, student_vocab=student, bridge=InsideBridge(teacher, student))
+    ids, ends = np.array([0, 1]), np.array([0, 3])
+    found = WindowSet._prefixes(SimpleNamespace(pair=pair), ids, ends, ids, ends, align(ends, ends), np.array([True]))
+    return found[0].tolist()
+
+
+def test_a_space_that_only_one_side_writes_before_a_text_is_not_taught():
+    assert prefixes_of_a_first_token(b"She", b"She")[0] == 0
+    assert prefixes_of_a_first_token(b" She", b" She")[0] == 0, "both write it: nothing differs"
+    assert prefixes_of_a_first_token(b"She", b" She") == [1, 0, 1], "the teacher's space has been read already"
+    assert prefixes_of_a_first_token(b" She", b"She")[0] == -1, "no teacher token begins with the student's space"

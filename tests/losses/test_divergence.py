@@ -101,3 +101,10 @@ def test_the_gradient_of_the_forward_kl_is_known():
         expected = q * (1 - 0.3 / (1 - q[ids[n]].sum()))
         expected[ids[n]] = q[ids[n]] - torch.tensor([0.5, 0.2])
         torch.testing.assert_close(gradient[n], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl, jensen_shannon, skew_kl])
+def test_a_teacher_that_is_not_finite_is_seen(divergence):
+    """NaN compares false with everything: a mask written the other way round would make it a loss of 0."""
+    student = torch.log_softmax(torch.randn(2, 5), dim=-1)
+    assert divergence(student, torch.full_like(student, torch.nan)).isnan().all()

@@ -94,6 +94,28 @@ def skew_kl(student: Tensor, teacher: Tensor, *, alpha: float = 0.1) -> Tensor:
     return _expected(log_p, log_p - _log_mix(log_p, log_q, alpha))
 
 
+def sampled_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Estimate of KL(teacher || student) from tokens drawn from the teacher, in nats.
+
+    Unbiased, so a single position can come out negative. Draws that fell into the tail count as 0: the student has no
+    token to compare them with.
+
+    Shapes:
+        student: [..., K] log-probabilities of the drawn tokens
+        teacher: [..., K] likewise, -inf where a draw has no token; receives no gradient
+        returns: [...], float32
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Anshumann et al. 2025, section 4, https://arxiv.org/abs/2503.16870
+    """
+    log_q, log_p = _both("sampled_kl", student, teacher)
+    there = log_p != -math.inf
+    ratio = torch.where(there, log_p, torch.zeros_like(log_p)) - torch.where(there, log_q, torch.zeros_like(log_q))
+    return ratio.sum(-1) / max(log_p.shape[-1], 1)
+
+
 def _log_mix(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     """log(alpha * p + (1 - alpha) * q), with finite gradients where a cell is unused on either side."""
     floor = torch.finfo(torch.float32).min / 4

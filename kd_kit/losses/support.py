@@ -39,6 +39,67 @@ def top_k_cells(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, kept.log(), tail
 
 
+def sampled_cells(probs: Tensor, k: int, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """K draws from a bridged teacher distribution instead of its K largest cells.
+
+    Each draw stands for 1/K of the teacher's mass, so that the mean over the draws of any function of a token is an
+    unbiased estimate of its expectation, with as few as a dozen draws. The draws are systematic (one uniform number
+    per row, K equal steps): unbiased like independent ones, with less variance. The uniform number is a hash of
+    ``place``, so that a position gets the same draws in every batch, on every device and after every restart.
+
+    Shapes:
+        probs: [n, V' + 1] float32, last column the tail
+        place: [n] int64
+        returns: ids [n, K] int64, log_probs [n, K] float32 (of the token drawn; -inf where the draw fell into the
+            tail), tail [n] float32 (what the whole distribution has there)
+
+    Raises:
+        ValueError: ``k`` below 1.
+
+    Source: Anshumann et al. 2025, "Sparse logit sampling", section 4, https://arxiv.org/abs/2503.16870
+    """
+    if k < 1:
+        raise ValueError(f"sampled_cells: expected at least 1 draw, got {k}")
+    steps = (torch.arange(k, device=probs.device) + uniform(place).unsqueeze(-1)) / k
+    # doubles: in float32 the sum over a large vocabulary is not monotone enough to be searched
+    below = probs.double().cumsum(-1)
+    drawn = torch.searchsorted(below, steps * below[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
+    size = probs.shape[-1] - 1
+    log_probs = probs.gather(-1, drawn).log()
+    log_probs = torch.where(drawn < size, log_probs, -math.inf)
+    return drawn.clamp(max=size - 1), log_probs, probs[:, -1].clamp(min=_EMPTY_TAIL).log()
+
+
+def uniform(place: Tensor) -> Tensor:
+    """A number in [0, 1) for every integer, well mixed: no state, so no order and no device matters.
+
+    Shapes:
+        place: [...] int64
+        returns: [...] float64
+
+    Source: Steele et al. 2014, "Fast splittable pseudorandom number generators", the finaliser of SplitMix64
+    """
+
+    def shifted(x: Tensor, by: int) -> Tensor:
+        return (x >> by) & ((1 << (64 - by)) - 1)  # logical, where >> of a signed integer keeps the sign
+
+    x = place * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer; products wrap
+    x = (x ^ shifted(x, 30)) * -4658895280553007687
+    x = (x ^ shifted(x, 27)) * -7723592293110705685
+    return shifted(x ^ shifted(x, 31), 11).double() / 2**53
+
+
+def sorted_cells(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The K largest probabilities in descending order and the log of the rest, whatever tokens they belong to.
+
+    Shapes:
+        probs: [n, U] float32
+        returns: log_probs [n, K], tail [n], both float32
+    """
+    kept = probs.topk(k, dim=-1).values
+    return kept.log(), (1 - kept.sum(-1)).clamp(min=_EMPTY_TAIL).log()
+
+
 def student_cells(logits: Tensor, ids: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The student's log-probabilities on the teacher's cells and its tail, and its log-sum-exp: one softmax pass.
 
@@ -66,9 +127,9 @@ def student_cells(logits: Tensor, ids: Tensor, used: Tensor | None = None) -> tu
         cells = cells.masked_fill(~used, _OUT)
         outside = logits.scatter(-1, ids, torch.where(used, _OUT, logits.gather(-1, ids)))
     tail = outside.logsumexp(-1, keepdim=True)
-    if ids.shape[-1] == logits.shape[-1]:  # K = V: where every cell is used, nothing is left for the tail
-        nothing = cells.logsumexp(-1, keepdim=True) + math.log(_EMPTY_TAIL)
-        tail = nothing if used is None else torch.where(used.all(-1, keepdim=True), nothing, tail)
+    # nothing may be left for the tail: K = V with every cell used, or all other logits masked
+    nothing = cells.logsumexp(-1, keepdim=True) + math.log(_EMPTY_TAIL)
+    tail = torch.where(tail > _OUT / 2, tail, nothing)
     every = torch.cat([cells, tail], dim=-1)
     log_z = every.logsumexp(-1)
     log_probs = every - log_z.unsqueeze(-1)

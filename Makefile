@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test real-test lint bench clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+real-test: $(READY)  ## real tokenizers: 160 MB of packages, kept in ~/.cache/kd_kit_real (or KD_KIT_REAL)
+	$(BIN)/python -m pytest tests/real
 
 lint: $(READY)
 	$(BIN)/ruff check kd_kit tests

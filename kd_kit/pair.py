@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from kd_kit.inside import InsideBridge
-from kd_kit.vocab import Vocabulary, read_vocabulary
+from kd_kit.spelling import read_vocabulary, text_ids
+from kd_kit.vocab import Vocabulary
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,17 +39,49 @@ class TokenizerPair:
 
         Returns:
             for every text student ids, student byte lengths, teacher ids, teacher byte lengths, each [n] int64; None
-            for a text that one of the tokenizers does not give back byte for byte.
+            for a text that one of the tokenizers does not give back byte for byte, or in which it reads a special
+            token whatever it is asked.
         """
         sides = []
         for tokenizer, vocab in ((self.student, self.student_vocab), (self.teacher, self.teacher_vocab)):
-            ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-            arrays = [np.array(row, dtype=np.int64) for row in ids]
-            sides.append([(a, vocab.token_lengths(a, text.encode())) for a, text in zip(arrays, texts, strict=True)])
+            ids = text_ids(tokenizer, texts)
+            sides.append([(a, vocab.token_lengths(a, text.encode())) for a, text in zip(ids, texts, strict=True)])
         return [
             None if s_len is None or t_len is None else (s, s_len, t, t_len)
             for (s, s_len), (t, t_len) in zip(*sides, strict=True)
         ]
+
+    @functools.cached_property
+    def identical(self) -> np.ndarray:
+        """[U] int64, for every teacher token the student token of the same bytes, -1 where there is none."""
+        ours, theirs = self.student_vocab, self.teacher_vocab
+        table = self.bridge.table.tolist()
+        same = [home < ours.size and ours.tokens[home] == t for home, t in zip(table, theirs.tokens, strict=True)]
+        return np.where(same, table, -1)
+
+    @property
+    def same_ids(self) -> int:
+        """How many ids stand for the same bytes, or for the same special token, on both sides."""
+        sides = self.teacher_vocab, self.student_vocab
+        tokens = zip(*(vocab.tokens for vocab in sides), strict=False)
+        return sum(
+            a == b != b"" and (i in sides[0].special) == (i in sides[1].special) for i, (a, b) in enumerate(tokens)
+        )
+
+    @property
+    def kinship(self) -> str:
+        """``"same"``: every id means the same on both sides. ``"extends"``: so it does below the smaller size, where
+        one side goes on. ``"different"``: anything else.
+
+        It speaks of ids alone: two tokenizers of the same ids may still cut a text differently (SmolLM2's, read from
+        GGUF, splits no digits).
+        """
+        teacher, student = self.teacher_vocab, self.student_vocab
+        small = min(teacher.size, student.size)
+        first_other = min(teacher.special ^ student.special, default=small)
+        if teacher.tokens[:small] != student.tokens[:small] or first_other < small:
+            return "different"
+        return "same" if teacher.size == student.size else "extends"
 
     def __repr__(self) -> str:
         shared = self.bridge.shared / max(min(self.teacher_vocab.size, self.student_vocab.size), 1)

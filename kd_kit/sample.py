@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kd_kit.evaluation import evaluating
-from kd_kit.vocab import read_vocabulary
+from kd_kit.spelling import read_vocabulary
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
 """Vocabularies as bytes, and the bridge between two of them.
 
-A tokenizer's tokens are read as byte strings. From there on nothing depends on which library, pattern or merge
-table made them: lengths add up to positions in the text, and one vocabulary maps onto another by prefixes.
+Once tokens are byte strings (:mod:`kd_kit.spelling`) nothing depends on which library, pattern or merge table made
+them: lengths add up to positions in the text, and one vocabulary maps onto another by prefixes.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,24 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-
-# What a tokenizer must give back byte for byte before it is used: words, contractions, digits, runs of white space,
-# line ends, accents, emoji, other scripts.
-PROBE = "The café's 1,234 words, we'll\tsee:\n\n  if x==1:\r\n    y = 'naïve' # 東京 ☕ 👩‍🚀 end"
-
-_BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
-_UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}
-_META_SPACE = "\u2581"
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The 256 printable characters that byte-level BPE writes bytes with, each with its byte.
-
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2, and its code.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,6 +28,7 @@ class Vocabulary:
         forms: Unicode normal forms that the tokenizer applies to its input, in order.
         unused: ids whose bytes another id has too, and that text therefore never uses: the ``<0x41>`` of a
             vocabulary that also has ``A``.
+        added: ids that are cut out of a text before the rest of it is tokenised, specials left out.
         lengths: [size] int64, bytes of every id.
     """
 
@@ -59,10 +40,15 @@ class Vocabulary:
     pad_id: int
     forms: tuple[str, ...] = ()
     unused: frozenset[int] = frozenset()
+    added: frozenset[int] = frozenset()
     lengths: np.ndarray = field(init=False)
 
     def __post_init__(self):
         object.__setattr__(self, "lengths", np.array([len(t) for t in self.tokens], dtype=np.int64))
+        for name, ids in (("_is_special", self.special), ("_is_added", self.added)):
+            chosen = np.zeros(len(self.tokens), dtype=bool)
+            chosen[[*ids]] = True
+            object.__setattr__(self, name, chosen)
 
     @property
     def size(self) -> int:
@@ -81,124 +67,27 @@ class Vocabulary:
     def token_lengths(self, ids: np.ndarray, text: bytes) -> np.ndarray | None:
         """Byte lengths of the tokens of ``text``, [n] int64; None if they are not that text, byte for byte.
 
-        SentencePiece tokenizers may put a space before the text: the first token is then that one byte shorter.
+        A special token is never text. A tokenizer may write a space of its own before the text, and before what
+        follows an added token: the token there is then that one byte shorter.
         """
-        spelled = self.bytes_of(ids)
-        if spelled == text:
+        if self._is_special[ids].any():
+            return None
+        if self.bytes_of(ids.tolist()) == text:
             return self.lengths[ids]
-        if spelled == b" " + text and len(ids):
-            lengths = self.lengths[ids].copy()
-            lengths[0] -= 1
-            return lengths
-        return None
+        lengths, at = self.lengths[ids], 0
+        starts = [0, *(np.flatnonzero(self._is_added[ids]) + 1).tolist()]
+        for first, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            spelled = self.bytes_of(ids[first:end].tolist())
+            if spelled.startswith(b" ") and not text.startswith(spelled, at):
+                spelled = spelled[1:]
+                lengths[first] -= 1
+            if not text.startswith(spelled, at):
+                return None
+            at += len(spelled)
+        return lengths if at == len(text) else None
 
     def __repr__(self) -> str:
         return f"Vocabulary({self.name}: {self.size:,} tokens, {len(self.special)} special)"
-
-
-def read_vocabulary(tokenizer, name: str) -> Vocabulary:
-    """The vocabulary of a tokenizer as bytes, proven on a probe text.
-
-    Byte-level BPE (Qwen, SmolLM, GPT-2, Llama-3) and SentencePiece with byte fallback (Llama-2, Gemma, Mistral) are
-    read exactly.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        name: what to call it in messages.
-
-    Raises:
-        ValueError: a tokenizer that cannot be read as bytes (one that lower-cases, strips or drops text).
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(
-            f"read_vocabulary: expected a tokenizer with a `backend_tokenizer` (a 'fast' one), got "
-            f"{type(tokenizer).__name__} for {name!r}; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
-        )
-    spec = json.loads(backend.to_str())
-    forms, other = _normalizers(spec.get("normalizer"))
-    if other:
-        raise ValueError(
-            f"read_vocabulary: expected a tokenizer that keeps the text, got {name!r}, which changes it by "
-            f"{', '.join(other)}; its tokens cannot be matched with the other model's by bytes, so choose a model "
-            "whose tokenizer is byte-level BPE or SentencePiece with byte fallback"
-        )
-    kinds = _types_in(spec.get("decoder")) | _types_in(spec.get("pre_tokenizer"))
-    added = {int(t["id"]): t for t in spec.get("added_tokens", [])}
-    spellings = backend.get_vocab(with_added_tokens=True)
-    size = max(spellings.values()) + 1
-    alphabet = byte_alphabet()
-    byte_level = "ByteLevel" in kinds
-    tokens = [b""] * size
-    fallback = set()
-    for token, i in spellings.items():
-        if i in added:
-            tokens[i] = added[i]["content"].encode()
-        elif byte_level:
-            tokens[i] = bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
-        else:
-            match = _BYTE_TOKEN.match(token)
-            tokens[i] = bytes([int(match[1], 16)]) if match else token.replace(_META_SPACE, " ").encode()
-            if match:
-                fallback.add(i)
-    special = {i for i, t in added.items() if t.get("special")} | set(tokenizer.all_special_ids)
-    end = tokenizer.eos_token_id
-    start = tokenizer.bos_token_id
-    if start is None:
-        # Models without a bos (Qwen) saw their pad / end-of-document token between documents.
-        start = tokenizer.pad_token_id if tokenizer.pad_token_id in special else end
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end if end is not None else 0)
-    # added tokens are cut out of a text before anything else, byte tokens are the last resort
-    first: dict[bytes, int] = {}
-    for i in sorted(range(size), key=lambda i: (i not in added, i in fallback, i)):
-        if i not in special:
-            first.setdefault(tokens[i], i)
-    unused = {i for i in range(size) if tokens[i] and i not in special and first[tokens[i]] != i}
-    vocabulary = Vocabulary(
-        name, tuple(tokens), frozenset(special), start, end, int(pad), tuple(forms), frozenset(unused)
-    )
-    _prove(vocabulary, tokenizer)
-    return vocabulary
-
-
-def _prove(vocabulary: Vocabulary, tokenizer) -> None:
-    """Raise unless the tokens of the probe text are the probe text, byte for byte."""
-    text = vocabulary.normalise(PROBE)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if vocabulary.token_lengths(np.array(ids, dtype=np.int64), text.encode()) is None:
-        spelled = vocabulary.bytes_of(ids)
-        at = next((i for i, (a, b) in enumerate(zip(spelled, text.encode(), strict=False)) if a != b), 0)
-        raise ValueError(
-            f"read_vocabulary: expected tokens that spell the text byte for byte, got from {vocabulary.name!r} "
-            f"{spelled[max(at - 10, 0) : at + 20]!r} where the text has {text.encode()[max(at - 10, 0) : at + 20]!r}; "
-            "it drops, adds or replaces characters, so its positions cannot be matched by bytes"
-        )
-
-
-def _types_in(node) -> set[str]:
-    """Every ``type`` named anywhere in a part of a tokenizer.json."""
-    if isinstance(node, dict):
-        return ({node["type"]} if isinstance(node.get("type"), str) else set()) | _types_in(list(node.values()))
-    if isinstance(node, list):
-        return set().union(*map(_types_in, node)) if node else set()
-    return set()
-
-
-def _normalizers(node) -> tuple[list[str], list[str]]:
-    """Unicode forms in order, and the names of normalizers that change text in another way."""
-    if node is None:
-        return [], []
-    if node["type"] == "Sequence":
-        pairs = [_normalizers(child) for child in node["normalizers"]]
-        return [f for forms, _ in pairs for f in forms], [o for _, other in pairs for o in other]
-    if node["type"] in _UNICODE_FORMS:
-        return [node["type"]], []
-    # SentencePiece writes spaces as U+2581, and may put one in front: both are undone when tokens are read as bytes.
-    if node["type"] == "Prepend" and node.get("prepend") == _META_SPACE:
-        return [], []
-    if node["type"] == "Replace" and node.get("content") == _META_SPACE and node.get("pattern") == {"String": " "}:
-        return [], []
-    return [], [node["type"]]
 
 
 @dataclass(frozen=True, repr=False)

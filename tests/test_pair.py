@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -108,3 +111,68 @@ def test_a_tokenizer_paired_with_itself(embedded_pair):
 def test_an_unreadable_tokenizer_is_named(embedded_pair):
     with pytest.raises(ValueError, match="'mine'"):
         pair_tokenizers(embedded_pair.teacher, object(), teacher_name="theirs", student_name="mine")
+
+
+def test_python_tokenizers_pair_like_others(embedded_pair):
+    from transformers import ByT5Tokenizer
+
+    single = ByT5Tokenizer()
+    pair = pair_tokenizers(embedded_pair.teacher, single, teacher_name="x", student_name="bytes")
+    text = "One café, <|endoftext|></s><pad> and <extra_id_0>."
+    s, s_len, t, t_len = pair.encode([text])[0]
+    assert (s - 3).tolist() == list(text.encode())
+    assert (s_len == 1).all()
+    assert t_len.sum() == len(text.encode())
+    assert not set(t.tolist()) & pair.teacher_vocab.special
+    assert align(byte_ends(s_len), byte_ends(t_len)).teacher_boundaries.tolist() == list(range(len(t)))
+    assert pair.encode(["", "é"])[0][0].shape == (0,)
+
+
+def grown(tokenizer, *specials: str, plain: tuple[str, ...] = ()):
+    """A copy with tokens added at the end."""
+    copied = copy.deepcopy(tokenizer)
+    copied.add_tokens(list(plain))
+    copied.add_special_tokens({"additional_special_tokens": list(specials)} if specials else {})
+    return copied
+
+
+def test_kinship(embedded_pair):
+    teacher, student = embedded_pair.teacher, embedded_pair.student
+
+    def kin(one, other):
+        pair = pair_tokenizers(one, other, teacher_name="x", student_name="y")
+        swapped = pair_tokenizers(other, one, teacher_name="x", student_name="y")
+        assert (pair.kinship, pair.same_ids) == (swapped.kinship, swapped.same_ids)
+        return pair.kinship, pair.same_ids
+
+    assert kin(teacher, teacher) == ("same", 4067)
+    assert kin(teacher, copy.deepcopy(teacher)) == ("same", 4067)
+    larger = grown(teacher, plain=("<new>", "<newer>"))
+    assert kin(teacher, larger) == ("extends", 4067)
+    assert kin(larger, grown(teacher, plain=("<new>", "<other>"))) == ("different", 4068)
+    kinship, same = kin(teacher, student)
+    assert kinship == "different"
+    vocabs = embedded_pair.teacher_vocab.tokens, embedded_pair.student_vocab.tokens
+    assert same == sum(a == b for a, b in zip(*vocabs, strict=False))
+
+
+def test_kinship_looks_at_what_is_special(embedded_pair):
+    vocab = embedded_pair.teacher_vocab
+
+    def kin(special, tokens=vocab.tokens):
+        other = dataclasses.replace(vocab, special=frozenset(special), tokens=tuple(tokens))
+        pair = dataclasses.replace(embedded_pair, student_vocab=other)
+        return pair.kinship, pair.same_ids
+
+    assert kin(vocab.special) == ("same", 4067)
+    assert kin(vocab.special | {7}) == ("different", 4066), "a piece of text on one side marks something on the other"
+    assert kin(vocab.special, (*vocab.tokens[:4067], b"", b"more")) == ("extends", 4067)
+    assert kin(vocab.special | {4068}, (*vocab.tokens, b"<x>", b"<y>")) == ("extends", 4067)
+    assert kin(vocab.special, (b"", *vocab.tokens[1:])) == ("different", 4066)
+    assert kin((), vocab.tokens[:100]) == ("extends", 100)
+
+
+def test_ids_that_stand_for_nothing_are_not_the_same(embedded_pair):
+    hollow = dataclasses.replace(embedded_pair.teacher_vocab, tokens=(b"", *embedded_pair.teacher_vocab.tokens[1:]))
+    pair = dataclasses.replace(embedded_pair, teacher_vocab=hollow, student_vocab=hollow)
+    assert (pair.kinship, pair.same_ids) == ("same", 4066)

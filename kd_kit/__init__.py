@@ -6,13 +6,17 @@ from kd_kit.checkpoint import inspect_checkpoint
 from kd_kit.dashboard import build_dashboard
 from kd_kit.data import build_data
 from kd_kit.evaluation import agreement, evaluate, score
+from kd_kit.expert_terms import router_term
+from kd_kit.kd_terms import kd_term, span_term
 from kd_kit.models import build_student, build_teacher, build_tokenizers, export
 from kd_kit.plots import loss_figure, loss_table
 from kd_kit.sample import compare_text
 from kd_kit.session import build_session
 from kd_kit.stages import LearningRate, Schedule, constant, piecewise
-from kd_kit.terms import LossTerm, kd_term, lm_term
+from kd_kit.state_terms import attention_term, contrastive_term, feature_term, layerwise_term, relation_term
+from kd_kit.terms import LossTerm, lm_term
 from kd_kit.trainer_builder import build_trainer
+from kd_kit.verification import verify
 from kd_kit.vocabulary_audit import audit
 
 __version__ = "0.1.0"
@@ -23,6 +27,7 @@ __all__ = [
     "LossTerm",
     "Schedule",
     "agreement",
+    "attention_term",
     "audit",
     "build_dashboard",
     "build_data",
@@ -33,14 +38,21 @@ __all__ = [
     "build_trainer",
     "compare_text",
     "constant",
+    "contrastive_term",
     "evaluate",
     "export",
+    "feature_term",
     "inspect_checkpoint",
     "kd_term",
+    "layerwise_term",
     "lm_term",
     "loss_figure",
     "loss_table",
     "losses",
     "piecewise",
+    "relation_term",
+    "router_term",
     "score",
+    "span_term",
+    "verify",
 ]

@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--steps", type=int)
     demo.add_argument("--kd-weight", type=float)
     demo.add_argument("--learning-rate", type=float)
+    demo.add_argument("--terms", help="which, separated by commas: lm,kd")
 
     given = parser.parse_args(arguments)
     try:
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             if given.seeds < 1:
                 raise ValueError(f"demo: expected at least one seed, got {given.seeds}")
             named = {"steps": given.steps, "kd_weight": given.kd_weight, "learning_rate": given.learning_rate}
+            named["terms"] = None if given.terms is None else tuple(given.terms.split(","))
             recipe = replace(Recipe(), **{k: v for k, v in named.items() if v is not None})
             result = run_demo(given.seeds, given.folder, recipe)
             print(table(result))

@@ -17,6 +17,7 @@ import torch
 from kd_kit.align import align, byte_ends, cut_windows
 from kd_kit.pair import TokenizerPair
 from kd_kit.types import IGNORE, DistillBatch
+from kd_kit.vocab import Vocabulary
 
 _ENCODE_AT_ONCE = 32  # documents per call of a tokenizer: bounds memory, costs nothing
 
@@ -115,6 +116,11 @@ class _Document:
     teacher_ends: np.ndarray
 
 
+def _white_space_runs(vocab: Vocabulary) -> np.ndarray:
+    """[size] bool, tokens of two or more bytes that are all white space."""
+    return np.array([len(token) > 1 and not token.strip(b" \t\r\n") for token in vocab.tokens])
+
+
 def _tokens_between(ends: np.ndarray, first: int, last: int) -> slice:
     """The tokens that cover bytes ``first`` to ``last``; both are token ends (or the document's start)."""
     begin = np.searchsorted(ends, first, side="right") if first else 0
@@ -128,6 +134,7 @@ class WindowSet(torch.utils.data.Dataset):
         self.pair = pair
         self.window = window
         self.report = report
+        self._runs = [_white_space_runs(v) for v in (pair.student_vocab, pair.teacher_vocab)]
         self.documents: list[_Document] = []
         table = []
         # a document-start token takes one place of every window
@@ -182,7 +189,8 @@ class WindowSet(torch.utils.data.Dataset):
     def _prefixes(self, s_ids, s_ends, t_ids, t_ends, matched, predicts) -> np.ndarray:
         """For every position of a window but the last: depth and token range of ``DistillBatch.prefix``, [T - 1, 3].
 
-        Depth -1 where the teacher has nothing to say: no target, or its next token is a mark and not text.
+        Depth -1 where the teacher has nothing to say: no target, or its next token is a mark and not text. Depth -2
+        where the two tokenizers cut a run of white space differently, as they do all through indented code.
         """
         vocab, bridge = self.pair.teacher_vocab, self.pair.bridge
         out = np.zeros((len(predicts), 3), np.int64)
@@ -194,6 +202,10 @@ class WindowSet(torch.utils.data.Dataset):
         theirs = np.append(vocab.lengths[t_ids[1:]] - np.diff(t_ends), 0)[at]
         out[~known | (ours > theirs), 0] = -1
         extra = theirs - ours
+        follows = np.append(t_ids[1:], 0)[at]
+        run = self._runs[0][s_ids[1:]] | self._runs[1][follows]
+        alike = matched.aligned[:-1] & (self.pair.identical[follows] == s_ids[1:])  # the same bytes at the same byte
+        out[(out[:, 0] == 0) & run & ~alike, 0] = -2
         for i in np.flatnonzero((out[:, 0] == 0) & (~matched.aligned[:-1] | (extra > 0))):
             token = int(t_ids[at[i] + 1])
             depth = int(s_ends[i] - t_ends[at[i]] + extra[i])
@@ -227,7 +239,8 @@ class WindowSet(torch.utils.data.Dataset):
         aligned = np.zeros((b, t), bool)
         span_student, span_teacher = np.zeros((b, c + 1), np.int64), np.zeros((b, c + 1), np.int64)
         span_mask = np.zeros((b, c), bool)
-        taught, prefix = np.zeros((b, t), bool), []
+        taught, same, prefix = np.zeros((b, t), bool), np.zeros((b, t), bool), []
+        whitespace, span_rows = np.zeros(b, np.int64), []
         for n, (s_ids, s_ends, t_ids, t_ends, matched, scored) in enumerate(items):
             i, j = len(s_ids), len(t_ids)
             student_ids[n, :i], teacher_ids[n, :j] = s_ids, t_ids
@@ -240,12 +253,17 @@ class WindowSet(torch.utils.data.Dataset):
             aligned[n, : i - 1] = found[:, 0] == 0
             taught[n, : i - 1] = found[:, 0] >= 0
             prefix.append(found[found[:, 0] >= 0])
+            whitespace[n] = (found[:, 0] == -2).sum()
+            follows = np.append(t_ids[1:], 0)[matched.teacher_index[:-1]]  # the teacher's next token
+            same[n, : i - 1] = aligned[n, : i - 1] & (self.pair.identical[follows] == s_ids[1:])
             if matched.spans:
                 k = matched.spans
                 span_student[n], span_teacher[n] = matched.student_boundaries[-1], matched.teacher_boundaries[-1]
                 span_student[n, : k + 1] = matched.student_boundaries
                 span_teacher[n, : k + 1] = matched.teacher_boundaries
                 span_mask[n, :k] = s_ends[matched.student_boundaries[:-1]] >= scored
+            ends = np.stack([n * t + span_student[n, 1:], n * s + span_teacher[n, 1:]], axis=-1)
+            span_rows.append(ends[span_mask[n]])
         arrays = (
             student_ids,
             targets,
@@ -259,9 +277,14 @@ class WindowSet(torch.utils.data.Dataset):
             taught,
             np.flatnonzero(taught.ravel()),
             np.concatenate(prefix),
+            same,
+            np.flatnonzero(same.ravel()),
+            whitespace,
             span_student,
             span_teacher,
             span_mask,
+            np.concatenate(span_rows),
+            self.table[list(indices), 0],
             np.array(list(indices), dtype=np.int64),
         )
         return DistillBatch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))

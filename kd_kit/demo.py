@@ -15,10 +15,13 @@ from pathlib import Path
 from kd_kit import offline
 from kd_kit.data import build_data
 from kd_kit.evaluation import Report, evaluate
+from kd_kit.expert_terms import router_term
+from kd_kit.kd_terms import kd_term, span_term
 from kd_kit.models import build_student, build_teacher, build_tokenizers
 from kd_kit.session import build_session
 from kd_kit.stages import LearningRate
-from kd_kit.terms import kd_term, lm_term
+from kd_kit.state_terms import attention_term, contrastive_term, feature_term, layerwise_term, relation_term
+from kd_kit.terms import LossTerm, lm_term
 from kd_kit.trainer_builder import build_trainer
 
 
@@ -28,7 +31,8 @@ class Recipe:
 
     Attributes:
         window: tokens. batch_size: windows. steps: optimizer steps of one batch. learning_rate: peak.
-        warmup: share of the steps. kd_weight: share of the KD term; the LM term has the rest.
+        warmup: share of the steps. kd_weight: of the KD term; the LM term has the rest to 1.
+        terms: which terms, by name. All but these two have their own small default weights.
     """
 
     window: int = 256
@@ -37,6 +41,41 @@ class Recipe:
     learning_rate: float = 3e-3
     warmup: float = 0.1
     kd_weight: float = 0.7
+    terms: tuple[str, ...] = (
+        "lm",
+        "kd",
+        "span",
+        "feature",
+        "layerwise",
+        "relation",
+        "attention",
+        "contrastive",
+        "router",
+    )
+
+
+def terms_of(recipe: Recipe) -> list[LossTerm]:
+    """The terms of a recipe, every kind of knowledge if it says nothing else.
+
+    Raises:
+        ValueError: a name that no term has.
+    """
+    every = [
+        lm_term(1 - recipe.kd_weight),
+        kd_term(recipe.kd_weight),
+        span_term(),
+        feature_term(),
+        layerwise_term(),
+        relation_term(),
+        attention_term(),
+        contrastive_term(),
+        router_term(),
+    ]
+    known = {term.name: term for term in every}
+    unknown = [name for name in recipe.terms if name not in known]
+    if unknown:
+        raise ValueError(f"demo: expected terms out of {', '.join(known)}, got {', '.join(unknown)}")
+    return [known[name] for name in recipe.terms]
 
 
 def run_seed(seed: int, folder: Path, recipe: Recipe) -> Report:
@@ -54,7 +93,7 @@ def run_seed(seed: int, folder: Path, recipe: Recipe) -> Report:
         build_student(seed=seed),
         build_teacher(),
         data,
-        [lm_term(1 - recipe.kd_weight), kd_term(recipe.kd_weight)],
+        terms_of(recipe),
         session=session,
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,

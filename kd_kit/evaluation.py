@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from kd_kit.data import WindowSet
-from kd_kit.head import LogitRows, body_of, head_losses, head_of
-from kd_kit.losses import cross_entropy, forward_kl
+from kd_kit.head import Given, LogitRows, body_of, head_losses, head_of
+from kd_kit.losses import forward_kl
+from kd_kit.readings import Needs
 from kd_kit.table import Table
-from kd_kit.teacher import LiveTeacher
+from kd_kit.teacher import LiveTeacher, default_reading
+from kd_kit.terms import nll_rows
 from kd_kit.types import IGNORE
 
 
@@ -64,10 +66,6 @@ def evaluating(model: nn.Module):
         model.train(training)
 
 
-def _nll_rows(rows: LogitRows) -> torch.Tensor:
-    return cross_entropy(rows.logits, rows.targets, rows.log_z)
-
-
 def score(model, windows: WindowSet, *, side: str = "student", batch_size: int = 8, limit: int | None = None) -> Score:
     """Likelihood of a set of windows under a student or a teacher, over the same bytes for both.
 
@@ -93,7 +91,7 @@ def score(model, windows: WindowSet, *, side: str = "student", batch_size: int =
             values = head_losses(
                 hidden.flatten(0, 1)[rows.to(device)],
                 head_of(model),
-                {"nll": _nll_rows},
+                {"nll": nll_rows},
                 targets=targets[rows].to(device),
             )["nll"]
             nats += values.double().sum().cpu()
@@ -116,18 +114,21 @@ class Agreement:
     positions: int
 
 
+_TEACHER = "teacher"  # what the losses below are given
+
+
 def _top1(rows: LogitRows) -> torch.Tensor:
-    return (rows.logits.argmax(-1) == rows.ids[:, 0]).float()
+    return (rows.logits.argmax(-1) == rows.given[_TEACHER].ids[:, 0]).float()
 
 
 def _top5(rows: LogitRows) -> torch.Tensor:
-    theirs = rows.ids[:, :5]
+    theirs = rows.given[_TEACHER].ids[:, :5]
     ours = rows.logits.topk(theirs.shape[1], dim=-1).indices
     return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)
 
 
 def _kl(rows: LogitRows) -> torch.Tensor:
-    return forward_kl(rows.student, rows.teacher)
+    return forward_kl(rows.student(_TEACHER), rows.teacher(_TEACHER))
 
 
 def agreement(
@@ -145,15 +146,19 @@ def agreement(
     losses = {"top1": _top1, "top5": _top5, "kl": _kl}
     sums = {name: torch.zeros(len(losses), dtype=torch.float64) for name in students}
     positions = 0
+    reading = default_reading(teacher.bridge)
+    asked = teacher.asked(Needs((reading,)))
     with contextlib.ExitStack() as modes:
         for student in students.values():
             modes.enter_context(evaluating(student))
         for batch in windows.in_order(batch_size, limit):
             positions += len(batch.aligned_rows)
             batch = batch.to(teacher.device)
-            signal = teacher.signal(batch)
+            found = asked.signal(batch).cells[reading.key]
             aligned = batch.prefix[:, 0] == 0
-            cells = torch.cat([signal.log_probs, signal.tail.unsqueeze(-1)], dim=-1)[aligned]
+            cells = torch.cat([found.log_probs, found.tail.unsqueeze(-1)], dim=-1)[aligned]
+            there = torch.ones(len(cells), dtype=torch.bool, device=cells.device)
+            given = Given(there, found.ids[aligned], cells)
             for name, student in students.items():
                 device = next(student.parameters()).device
                 rows = batch.aligned_rows.to(device)
@@ -164,9 +169,7 @@ def agreement(
                     head_of(student),
                     losses,
                     targets=batch.targets.to(device).flatten()[rows],
-                    cell_ids=signal.ids[aligned].to(device),
-                    teacher_cells=cells.to(device),
-                    has_teacher=torch.ones(len(rows), dtype=torch.bool, device=device),
+                    given={_TEACHER: given.to(device)},
                 )
                 sums[name] += torch.stack([values[n].double().sum() for n in losses]).cpu()
     means = {name: (value / max(positions, 1)).tolist() for name, value in sums.items()}

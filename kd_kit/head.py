@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_kit.losses import student_cells
 from kd_kit.reduce import chunks
+from kd_kit.types import OnDevice
 
 CHUNK_BYTES = 64 * 2**20
 """Memory for one chunk of float32 logits; a backward pass holds about four times that."""
@@ -78,8 +79,9 @@ def body_of(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing of that kind is found.
     """
-    found = (model.get_decoder() if hasattr(model, "get_decoder") else None, getattr(model, "base_model", None))
-    for body in found:  # transformers 4 has families that know only the second
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    # transformers 4 has families that know only the second, Llama 4's text model only the third
+    for body in (decoder, getattr(model, "base_model", None), getattr(model, "model", None)):
         if body is not None and body is not model:
             return body
     raise ValueError(
@@ -89,29 +91,74 @@ def body_of(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class LogitRows:
-    """One chunk of rows, as a loss sees it.
+class Given(OnDevice):
+    """What a teacher says about rows, one entry per row.
 
     Attributes:
-        logits: [n, V] float32. targets: [n] int64.
-        log_z: [n] float32, logsumexp of the logits.
-        ids: [n, K] int64, the teacher's cells, largest first; None where no teacher is there.
-        student: [n, K + 1] float32, the student's log-probabilities on the teacher's cells, tail last; or None.
-        teacher: [n, K + 1] float32, the teacher's on the same cells; meaningless where ``has_teacher`` is False.
-        has_teacher: [n] bool.
+        there: [n] bool, rows that it says something about. The others hold anything, and no loss may look at it.
+        ids: [n, K] int64 or None. cells: [n, K + 1] float32 log-probabilities, tail last, -inf unused; or None.
+        states: [n, E] float32 hidden states; or None.
+        plain: the cells are different tokens of the whole vocabulary, so that the student's log-probabilities on them
+            come out of one pass with its log-sum-exp.
     """
 
-    logits: Tensor
-    targets: Tensor
-    log_z: Tensor
-    ids: Tensor | None
-    student: Tensor | None
-    teacher: Tensor | None
-    has_teacher: Tensor | None
+    there: Tensor
+    ids: Tensor | None = None
+    cells: Tensor | None = None
+    states: Tensor | None = None
+    plain: bool = True
+
+    def __getitem__(self, rows) -> Given:
+        some = (None if t is None else t[rows] for t in (self.there, self.ids, self.cells, self.states))
+        return Given(*some, plain=self.plain)
+
+
+class LogitRows:
+    """One chunk of rows, as a loss sees it. What several losses look at is computed once.
+
+    Attributes:
+        logits: [n, V] float32. targets: [n] int64. head: the student's, for losses that put something else through it.
+        given: {key of a reading: :class:`Given`}.
+    """
+
+    def __init__(self, logits: Tensor, targets: Tensor, given: Mapping[str, Given], head: Head):
+        self.logits = logits
+        self.targets = targets
+        self.given = given
+        self.head = head
+        self._cells: dict[str, Tensor] = {}
+        self._log_z: Tensor | None = None
+
+    @property
+    def log_z(self) -> Tensor:
+        """[n] float32, logsumexp of the logits; for free where a loss has asked for cells, or will."""
+        if self._log_z is None:
+            keys = [key for key, g in self.given.items() if g.cells is not None and g.plain]
+            if keys:
+                self.student(keys[0])
+            else:
+                self._log_z = self.logits.logsumexp(-1)
+        return self._log_z
+
+    def student(self, key: str) -> Tensor:
+        """[n, K + 1] float32, the student's log-probabilities on the cells of a reading, tail last."""
+        if key not in self._cells:
+            given = self.given[key]
+            self._cells[key], log_z = student_cells(self.logits, given.ids, given.cells[:, :-1] != -torch.inf)
+            self._log_z = log_z if self._log_z is None else self._log_z
+        return self._cells[key]
+
+    def teacher(self, key: str) -> Tensor:
+        """[n, K + 1] float32, the teacher's on the same cells; the student's own where it says nothing.
+
+        A row without a teacher then costs nothing, and nothing can go wrong with what stands in its place.
+        """
+        given = self.given[key]
+        return torch.where(given.there.unsqueeze(-1), given.cells, self.student(key).detach())
 
 
 RowLoss = Callable[[LogitRows], Tensor]
-"""A loss of one value per row, [n] float32."""
+"""A loss of one value per row, [n] float32. May be an ``nn.Module``."""
 
 
 def head_losses(
@@ -120,9 +167,7 @@ def head_losses(
     losses: Mapping[str, RowLoss],
     *,
     targets: Tensor,
-    cell_ids: Tensor | None = None,
-    teacher_cells: Tensor | None = None,
-    has_teacher: Tensor | None = None,
+    given: Mapping[str, Given] | None = None,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
     """Every row loss over every row, one pass over the head.
@@ -130,34 +175,21 @@ def head_losses(
     Shapes:
         hidden: [N, D] final hidden states (after the last norm) of the rows
         targets: [N] int64
-        cell_ids: [N, K] int64; teacher_cells: [N, K + 1] float32, tail last, -inf unused; has_teacher: [N] bool;
-            all three or none
+        given: {key: :class:`Given` of N rows}
         returns: {name: [N] float32}, with gradient to ``hidden`` and the head
     """
-    names = list(losses)
+    names, given = list(losses), given or {}
 
-    def one_chunk(hidden, weight, bias, targets, ids, teacher, there):
-        logits = Head(weight, bias, head.scale, head.softcap).logits(hidden)
-        student, log_z = None, None
-        if ids is not None:
-            student, log_z = student_cells(logits, ids, teacher[:, :-1] != -torch.inf)
-        else:
-            log_z = logits.logsumexp(-1)
-        rows = LogitRows(logits, targets, log_z, ids, student, teacher, there)
+    def one_chunk(hidden, weight, bias, targets, given):
+        part = Head(weight, bias, head.scale, head.softcap)
+        rows = LogitRows(part.logits(hidden), targets, given, part)
         return torch.stack([losses[name](rows) for name in names])
 
     size = chunk or head.chunk_rows()
     parts = []
     for rows in chunks(len(hidden), size):
-        arguments = (
-            hidden[rows],
-            head.weight,
-            head.bias,
-            targets[rows],
-            None if cell_ids is None else cell_ids[rows],
-            None if teacher_cells is None else teacher_cells[rows],
-            None if has_teacher is None else has_teacher[rows],
-        )
+        some = {key: g[rows] for key, g in given.items()}
+        arguments = (hidden[rows], head.weight, head.bias, targets[rows], some)
         if torch.is_grad_enabled():
             parts.append(checkpoint(one_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:

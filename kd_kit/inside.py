@@ -29,8 +29,8 @@ class InsideBridge(Bridge):
     Source: byte-prefix marginalisation, https://arxiv.org/abs/2607.22334
     """
 
-    def __init__(self, teacher: Vocabulary, student: Vocabulary):
-        plain = build_bridge(teacher, student)
+    def __init__(self, teacher: Vocabulary, student: Vocabulary, specials: dict[int, int] | None = None):
+        plain = build_bridge(teacher, student, specials)
         super().__init__(plain.table, plain.student_size, plain.shared)
         text = [t for t in range(teacher.size) if teacher.tokens[t] and t not in teacher.special]
         order = sorted(text, key=teacher.tokens.__getitem__)

@@ -6,15 +6,17 @@ the student, every trainable part of a term, and the head's loss all run inside 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kd_kit.head import body_of, head_losses, head_of
+from kd_kit.head import Given, body_of, head_losses, head_of
+from kd_kit.readings import BridgeReading, Needs
 from kd_kit.reduce import masked_sum
+from kd_kit.taps import Taps
 from kd_kit.terms import LossTerm, StudentOutput
-from kd_kit.types import DistillBatch, LossValue, TeacherSignal
+from kd_kit.types import Cells, DistillBatch, LossValue, TeacherSignal
 
 
 class DistillModule(nn.Module):
@@ -22,18 +24,19 @@ class DistillModule(nn.Module):
 
     Args:
         student: a causal language model of transformers.
-        terms: in the order of the sums.
+        terms: in the order of the sums, each bound to the models (:meth:`kd_kit.terms.LossTerm.bound`).
     """
 
     def __init__(self, student: nn.Module, terms: Sequence[LossTerm]):
         super().__init__()
         self.student = student
         self.terms = tuple(terms)
-        self.parts = nn.ModuleDict({t.name: t.value for t in terms if isinstance(t.value, nn.Module)})
+        self.needs = all_needs(terms)
+        self.parts = nn.ModuleDict({t.name: t.part for t in terms if t.part is not None})
 
     def forward(
         self, batch: DistillBatch, signal: TeacherSignal | None, scales: Sequence[float]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss to differentiate, and every term's sum over this batch.
 
         Args:
@@ -41,55 +44,137 @@ class DistillModule(nn.Module):
                 measured and not differentiated.
 
         Shapes:
-            returns: scalar, the scaled sums added up; and sums [terms] float32 without gradient
+            returns: scalar, the scaled sums added up; sums [terms] float32 without gradient; and what else the terms
+                measured, {"term.name": sums}
 
         Raises:
-            ValueError: the signal of another batch.
+            ValueError: the signal of another batch, or one that lacks what a term needs.
         """
-        if signal is not None and len(signal.tail) != len(batch.taught_rows):
-            raise ValueError(
-                f"DistillModule: expected a signal of {len(batch.taught_rows)} rows, one per taught position of the "
-                f"batch, got {len(signal.tail)}; pass the signal that the teacher made for this batch"
-            )
-        hidden = body_of(self.student)(input_ids=batch.student_ids, use_cache=False).last_hidden_state
-        output = StudentOutput(hidden, head_of(self.student))
+        output = self.output(batch)
+        values = self.values(output, signal, batch)
+        sums = [values[term.name].sum.float() for term in self.terms]
+        used = [value * scale for value, scale in zip(sums, scales, strict=True) if scale != 0]
+        total = torch.stack(used).sum() if used else output.hidden.float().sum() * 0.0
+        extras = {
+            f"{name}.{what}": v.detach().float() for name, value in values.items() for what, v in value.extras.items()
+        }
+        return total, torch.stack(sums).detach(), extras
+
+    def output(self, batch: DistillBatch) -> StudentOutput:
+        """What the student computes for a batch, as far as the terms need it."""
+        needs = self.needs
+        taps = Taps(self.student, states=sorted(needs.student_states), attention=sorted(needs.student_attention))
+        with taps:
+            hidden = body_of(self.student)(input_ids=batch.student_ids, use_cache=False).last_hidden_state
+        return StudentOutput(
+            hidden,
+            head_of(self.student),
+            {n: taps.states[n] for n in sorted(needs.student_states)},
+            {n: taps.attention[n] for n in sorted(needs.student_attention)},
+        )
+
+    def values(self, output: StudentOutput, signal: TeacherSignal | None, batch: DistillBatch) -> dict[str, LossValue]:
+        """{term: its sum over the batch}, with gradient."""
         values = self._row_values(output, signal, batch)
         for term in self.terms:
             if term.value is not None:
                 values[term.name] = term.value(output, signal, batch)
-        sums = [values[term.name].sum.float() for term in self.terms]
-        used = [value * scale for value, scale in zip(sums, scales, strict=True) if scale != 0]
-        total = torch.stack(used).sum() if used else hidden.float().sum() * 0.0
-        return total, torch.stack(sums).detach()
+        return values
 
     def _row_values(
         self, output: StudentOutput, signal: TeacherSignal | None, batch: DistillBatch
     ) -> dict[str, LossValue]:
         """All losses of one value per token, from one pass over the student's head."""
-        losses = {t.name: t.rows for t in self.terms if t.rows is not None}
-        if not losses:
+        terms = [t for t in self.terms if t.rows is not None]
+        if not terms:
             return {}
-        hidden = output.hidden.flatten(0, 1)[batch.rows]
-        targets = batch.targets.flatten()[batch.rows]
-        masks = {over: getattr(batch, over).flatten()[batch.rows] for over in ("aligned", "taught")}
-        taught = masks["taught"]
-        cells = {}
-        if signal is not None:
-            # the signal has a row per taught position, the head a row per target: spread one over the other
-            place = torch.cumsum(taught, 0) - 1
-            place = place.clamp(min=0, max=max(len(signal.tail) - 1, 0))
-            if len(signal.tail):
-                ids = signal.ids[place]
-                known = torch.cat([signal.log_probs, signal.tail.unsqueeze(-1)], dim=-1)[place]
-            else:
-                k = signal.ids.shape[1]
-                ids = torch.arange(k, device=hidden.device).expand(len(hidden), k)
-                known = hidden.new_full((len(hidden), k + 1), -torch.inf, dtype=torch.float32)
-                known[:, -1] = 0.0
-            cells = {"cell_ids": ids, "teacher_cells": known, "has_teacher": taught}
-        values = head_losses(hidden, output.head, losses, targets=targets, **cells)
+        rows = batch.rows
+        values = head_losses(
+            output.hidden.flatten(0, 1)[rows],
+            output.head,
+            {t.name: t.rows for t in terms},
+            targets=batch.targets.flatten()[rows],
+            given={} if signal is None else self._given(signal, batch),
+        )
         out = {}
-        for term in self.terms:
-            if term.rows is not None:
-                out[term.name] = masked_sum(values[term.name], masks.get(term.over))
+        for term in terms:
+            if term.gather is not None:
+                out[term.name] = term.gather(values[term.name], signal, batch)
+            else:
+                mask = None if term.over == "targets" else getattr(batch, term.over).flatten()[rows]
+                out[term.name] = masked_sum(values[term.name], mask)
         return out
+
+    def _given(self, signal: TeacherSignal, batch: DistillBatch) -> dict[str, Given]:
+        """What the teacher says, spread over the rows that have a target."""
+        out = {}
+        for reading in self.needs.readings:
+            if reading.key not in signal.cells:
+                raise ValueError(
+                    f"DistillModule: expected a signal with the reading {reading.key!r}, got one with "
+                    f"{', '.join(map(repr, signal.cells)) or 'none'}; ask the teacher for what the terms need"
+                )
+            plain = isinstance(reading, BridgeReading) and not reading.sampled
+            out[reading.key] = _spread(signal.cells[reading.key], reading.over, batch, plain)
+        if self.needs.row_states:
+            there, place = _places("aligned", len(signal.row_states), batch)
+            states = signal.row_states
+            if not len(states):
+                states = states.new_zeros(1, states.shape[-1])
+            out["row_states"] = Given(there, states=states[place])
+        return out
+
+
+def settle_parts(module: DistillModule, teacher, batches: Iterable[DistillBatch]) -> None:
+    """Let the parts of the terms that have not seen any text yet look at ``batches``, and settle them.
+
+    Args:
+        teacher: asked for a signal of every batch, see :class:`kd_kit.teacher.LiveTeacher`.
+    """
+    waiting = [part for part in module.parts.values() if not getattr(part, "ready", True)]
+    if not waiting:
+        return
+    for part in waiting:
+        part.forget()
+    training = module.training
+    module.eval()
+    with torch.no_grad():
+        for batch in batches:
+            signal, output = teacher.signal(batch), module.output(batch)
+            for part in waiting:
+                part.observe(output, signal, batch)
+    for part in waiting:
+        part.settle()
+    module.train(training)
+
+
+def all_needs(terms: Sequence[LossTerm]) -> Needs:
+    """What all terms together ask of teacher and student."""
+    needs = Needs()
+    for term in terms:
+        needs = needs | term.needs
+    return needs
+
+
+def _places(over: str, known: int, batch: DistillBatch) -> tuple[Tensor, Tensor]:
+    """Of every target row: whether it is one of the ``known`` rows, [N] bool, and which one, [N] int64 (else any)."""
+    there = getattr(batch, over).flatten()[batch.rows]
+    expected = len(getattr(batch, f"{over}_rows"))
+    if known != expected:
+        raise ValueError(
+            f"DistillModule: expected a signal of {expected} rows, one per {over} position of the batch, got {known}; "
+            "pass the signal that the teacher made for this batch"
+        )
+    return there, (torch.cumsum(there, 0) - 1).clamp(min=0, max=max(known - 1, 0))
+
+
+def _spread(cells: Cells, over: str, batch: DistillBatch, plain: bool) -> Given:
+    """Cells of the rows of a reading, spread over all rows with a target."""
+    there, place = _places(over, len(cells.tail), batch)
+    known = torch.cat([cells.log_probs, cells.tail.unsqueeze(-1)], dim=-1)
+    ids = cells.ids
+    if not len(known):  # no row at all: one made up, which no loss may look at
+        known = known.new_full((1, known.shape[1]), -torch.inf)
+        known[:, -1] = 0.0
+        ids = None if ids is None else torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    return Given(there, None if ids is None else ids[place], known[place], plain=plain)

@@ -56,7 +56,7 @@ def loss_table(history: History) -> Table:
     for name, meta in history.terms.items():
         now = step["terms"].get(name, {})
         value, part = now.get("value"), parts.get(name)
-        share = "-" if part is None or not whole else f"{100 * part / whole:.1f}"
+        share = "-" if part is None or not whole else _share(part / whole)
         rows.append(
             (
                 name,
@@ -99,7 +99,7 @@ def loss_figure(history: History, *, control: History | None = None, title: str 
     FigureCanvasAgg(figure)
     _header(figure, history, title)
     upper, lower, height = 0.537, 0.075, 0.338
-    left, right = (0.064, 0.282), (0.622, 0.240)  # start and width; the labels need the rest
+    left, right = (0.064, 0.282), (0.622, 0.226)  # start and width; the labels need the rest
 
     def panel(column: tuple[float, float], bottom: float, tall: float, title: str) -> Axes:
         return new_panel(figure, (column[0], bottom, column[1], tall), title)
@@ -297,7 +297,8 @@ def _draw_settings(ax: Axes, lines: dict[str, tuple[Any, ...]], what: str) -> No
     ax.set_ylim(min(0.0, *good, 0.0), 1.08 * top if top > 0 else 1.0)
     step_axis(ax, [s for steps, *_ in lines.values() for s in steps])
     plain_ticks(ax)
-    labels = [(v[-1], colour, dash, (name, plain(v[-1]))) for name, (_, v, colour, dash) in lines.items()]
+    said = short if what == "weight" else plain  # weights are shares that a schedule works out
+    labels = [(v[-1], colour, dash, (name, said(v[-1]))) for name, (_, v, colour, dash) in lines.items()]
     label_ends(ax, labels)
 
 
@@ -347,7 +348,12 @@ def _percent(share: str) -> str:
     """A share of the table as a label; never "0 %" for something."""
     if share == "-":
         return share
-    return "<1 %" if 0 < float(share) < 1 else f"{float(share):.0f} %"
+    return "<1 %" if share.startswith("<") or 0 < float(share) < 1 else f"{float(share):.0f} %"
+
+
+def _share(part: float) -> str:
+    """Per cent with one digit behind the point; never "0.0" for something."""
+    return "<0.1" if 0 < part < 0.0005 else f"{100 * part:.1f}"
 
 
 def _span(meta: dict[str, Any]) -> str:

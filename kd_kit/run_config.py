@@ -29,6 +29,8 @@ def run_config(trainer) -> dict:
         few = head_of(model).weight[:8, :64].detach().half().cpu().numpy().tobytes()
         size = sum(p.numel() for p in model.parameters())
         teacher = f"{type(model).__name__} of {size:,} parameters, {hashlib.sha256(few).hexdigest()[:12]}"
+        if trainer.teacher.more_experts is not None:
+            teacher += f", and with {trainer.teacher.more_experts} experts"
     return {
         "tokenizers": trainer.data.pair.fingerprint,
         "data": trainer.data.fingerprint,

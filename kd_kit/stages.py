@@ -20,7 +20,8 @@ def _value(line: Line, progress: float) -> float:
     for point in line:
         if point[0] >= progress:
             (x0, y0), (x1, y1) = before, point
-            return y1 if x1 == x0 else y0 + (y1 - y0) * (progress - x0) / (x1 - x0)
+            # the quotient first: it is at most 1, so that no rounding goes below 0
+            return y1 if x1 == x0 else y0 + (y1 - y0) * ((progress - x0) / (x1 - x0))
         before = point
     return before[1]
 

@@ -5,15 +5,18 @@ A term is a plain object with a function in it. Write your own by building a :cl
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from kd_kit.head import Head, LogitRows, RowLoss
-from kd_kit.losses import cross_entropy, forward_kl, tempered
+from kd_kit.losses import cross_entropy
+from kd_kit.pair import TokenizerPair
+from kd_kit.ranges import RANGES
+from kd_kit.readings import Needs
 from kd_kit.types import DistillBatch, LossValue, TeacherSignal
 
 
@@ -24,13 +27,36 @@ class StudentOutput:
     Attributes:
         hidden: [B, T, D] final hidden states, after the last norm.
         head: the map from there to logits; apply it to few rows at a time.
+        states: {layer: [B, T, D]}, hidden states of the layers that a term needs.
+        attention: {layer: {"q" | "k" | "v": [B, T, width]}}, likewise.
     """
 
     hidden: Tensor
     head: Head
+    states: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The two models and the two tokenizers of a run: what a term has to know before it can be computed."""
+
+    student: nn.Module
+    teacher: nn.Module
+    pair: TokenizerPair
 
 
 ValueLoss = Callable[[StudentOutput, TeacherSignal | None, DistillBatch], LossValue]
+Gather = Callable[[Tensor, TeacherSignal | None, DistillBatch], LossValue]
+
+ROWS: dict[str, Callable[[DistillBatch], int]] = {
+    "targets": lambda batch: len(batch.rows),
+    "taught": lambda batch: len(batch.taught_rows),
+    "aligned": lambda batch: len(batch.aligned_rows),
+    "same": lambda batch: len(batch.same_rows),
+    "spans": lambda batch: len(batch.span_rows),
+}
+"""How many positions a term runs over, by the name of the positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +69,20 @@ class LossTerm:
         unit: of the reported value.
         healthy: (low, high), where the value lies in a run that learns.
         impossible_below, impossible_above: a value beyond is a bug, not bad luck. None for no bound.
+        floor: its value where the student says and holds what the teacher does; None where that is not one number.
         source: where the range comes from.
         rows: a loss of one value per predicted token, served by the shared pass over the student's head. Either this
-        value: or a function of the whole batch. If it is an ``nn.Module``, its parameters are trained with the student.
-        over: "targets", "taught" or "aligned": the positions that the sum runs over. They are counted from the batch
-            alone, so that the count of a whole optimizer step is known before its first backward pass.
-        top_k: kept cells of the teacher's distribution that the term needs; 0 if it needs no teacher.
+        value: or a function of the whole batch. If one of the two is an ``nn.Module``, its parameters are trained with
+            the student and left out of the export.
+        gather: with ``rows``, what makes the term's sum of the rows' values, [N]; the sum over ``over`` if left out.
+        over: the positions that the sum runs over: "targets", "taught", "aligned", "same" or "spans", or a function of
+            the batch to their number. They are counted from the batch alone, so that the count of a whole optimizer
+            step is known before its first backward pass.
+        needs: what it asks of teacher and student.
+        build: for a term that depends on the models: the fields above that only they decide, given a :class:`Setup`.
         settings: what else shapes the term, as plain values, for the run's record.
+        batchwise: the value depends on which windows share a batch.
+        empty: why a batch may have no position for it, and what to do about that.
     """
 
     name: str
@@ -58,27 +91,60 @@ class LossTerm:
     healthy: tuple[float, float]
     impossible_below: float | None = None
     impossible_above: float | None = None
+    floor: float | None = None
     source: str = ""
     rows: RowLoss | None = None
     value: ValueLoss | nn.Module | None = None
-    over: str = "targets"
-    top_k: int = 0
+    gather: Gather | None = None
+    over: str | Callable[[DistillBatch], int] = "targets"
+    needs: Needs = field(default_factory=Needs)
+    build: Callable[[Setup], Mapping[str, object]] | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    batchwise: bool = False
+    empty: str = "no such position in the text; see kd_kit.audit"
 
     def __post_init__(self):
-        if (self.rows is None) == (self.value is None):
-            raise ValueError(f"LossTerm {self.name!r}: expected either rows= or value=, got both or none")
+        given = [x for x in ("rows", "value", "build") if getattr(self, x) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"LossTerm {self.name!r}: expected one of rows=, value= and build=, got {' and '.join(given) or 'none'}"
+            )
         if not (self.weight >= 0 and self.weight < float("inf")):
             raise ValueError(f"LossTerm {self.name!r}: expected a weight of at least 0, got {self.weight}")
-        if self.over not in ("targets", "taught", "aligned"):
+        if not callable(self.over) and self.over not in ROWS:
             raise ValueError(
-                f"LossTerm {self.name!r}: expected over='targets', 'taught' or 'aligned', got {self.over!r}"
+                f"LossTerm {self.name!r}: expected over= one of {', '.join(map(repr, ROWS))} or a function of the "
+                f"batch, got {self.over!r}"
+            )
+        if self.rows is not None and self.gather is None and (callable(self.over) or self.over == "spans"):
+            raise ValueError(
+                f"LossTerm {self.name!r}: expected gather= beside rows= for an over= that names no rows, got "
+                f"{self.over!r}; say how the rows' values make its sum"
             )
 
+    def bound(self, setup: Setup) -> LossTerm:
+        """The term for these two models, with parts of its own where it has any.
+
+        Raises:
+            ValueError: the models cannot serve it.
+        """
+        if self.build is None:
+            return self
+        return dataclasses.replace(self, build=None, **self.build(setup))
+
+    @property
+    def taught(self) -> bool:
+        """Whether it needs a teacher."""
+        return self.build is not None or self.needs.teacher
+
+    @property
+    def part(self) -> nn.Module | None:
+        """What is trained beside the student, if anything."""
+        return next((x for x in (self.rows, self.value) if isinstance(x, nn.Module)), None)
+
     def count(self, batch: DistillBatch) -> int:
-        """Positions of ``batch`` that this term is averaged over; no device is asked."""
-        rows = {"targets": batch.rows, "taught": batch.taught_rows, "aligned": batch.aligned_rows}
-        return len(rows[self.over])
+        """Positions of ``batch`` that this term is averaged over; no device is asked where the batch is on the host."""
+        return self.over(batch) if callable(self.over) else ROWS[self.over](batch)
 
     @property
     def meta(self) -> dict:
@@ -95,15 +161,16 @@ class LossTerm:
         return f"{self.name}: weight {self.weight:g}, healthy {low:g} to {high:g} {self.unit}"
 
 
-def _name_of(function) -> str:
+def name_of(function) -> str:
     """A function's name, with the arguments that a ``functools.partial`` binds."""
     if isinstance(function, functools.partial):
         bound = ", ".join([*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())])
-        return f"{_name_of(function.func)}({bound})"
+        return f"{name_of(function.func)}({bound})"
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _lm_rows(rows: LogitRows) -> Tensor:
+def nll_rows(rows: LogitRows) -> Tensor:
+    """Negative log-likelihood of each row's target, [n] nats."""
     return cross_entropy(rows.logits, rows.targets, rows.log_z)
 
 
@@ -115,73 +182,6 @@ def lm_term(weight: float = 0.3) -> LossTerm:
     return LossTerm(
         name="lm",
         weight=weight,
-        unit="nats/token",
-        healthy=(1.0, 6.0),
-        impossible_below=0.0,
-        impossible_above=13.5,
-        source="2-6 for pretrained students; ln V (7.6 for 2,048 tokens, 12.5 for 262,144) at a uniform guess",
-        rows=_lm_rows,
-    )
-
-
-def kd_term(
-    weight: float = 0.7,
-    *,
-    top_k: int = 64,
-    divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl,
-    temperature: float = 1.0,
-    inside: bool = True,
-) -> LossTerm:
-    """Divergence from the teacher's next-token distribution, over its top K cells and the tail.
-
-    The teacher's distribution crosses to the student's vocabulary by the byte-prefix bridge: as it is where both
-    tokenizers stand at the same byte, and as what is left of the teacher's next token where the student stands inside
-    it.
-
-    Args:
-        weight: share of the total relative to the other terms.
-        top_k: K, cells that are kept apart; all other mass goes to one tail cell.
-        divergence: a function of :mod:`kd_kit.losses`: ``forward_kl``, ``reverse_kl``, ``jensen_shannon``, ``skew_kl``.
-        temperature: T. The gradient is that of T^2 times the divergence at T; the reported value is always the one
-            at T = 1, in nats, so that runs at different temperatures can be compared.
-        inside: teach inside teacher tokens too; otherwise only where both stand at the same byte.
-
-    Raises:
-        ValueError: ``top_k`` below 1 or ``temperature`` not positive.
-
-    Source: Hinton, Vinyals, Dean 2015, section 2; the bridge: :func:`kd_kit.vocab.build_bridge` and
-        :class:`kd_kit.inside.InsideBridge`
-    """
-    if top_k < 1:
-        raise ValueError(f"kd_term: expected top_k of at least 1, got {top_k}")
-    if not temperature > 0:
-        raise ValueError(f"kd_term: expected a temperature above 0, got {temperature}")
-
-    def kd_rows(rows: LogitRows) -> Tensor:
-        # rows without a teacher carry a dummy distribution; it is replaced before anything can go wrong with it
-        there = rows.has_teacher.unsqueeze(-1)
-        teacher = torch.where(there, rows.teacher, rows.student.detach())
-        value = divergence(rows.student, teacher)
-        if temperature != 1.0:
-            soft = temperature**2 * divergence(tempered(rows.student, temperature), tempered(teacher, temperature))
-            value = value.detach() + soft - soft.detach()
-        return torch.where(rows.has_teacher, value, torch.zeros_like(value))
-
-    return LossTerm(
-        name="kd",
-        weight=weight,
-        unit="nats/token",
-        healthy=(0.05, 3.0),
-        impossible_below=0.0,
-        impossible_above=10.0,
-        source="0.5-3 at the start for pretrained students, up to 8 for untrained ones; 0.1-3 later",
-        rows=kd_rows,
-        over="taught" if inside else "aligned",
-        top_k=top_k,
-        settings={
-            "top_k": top_k,
-            "divergence": _name_of(divergence),
-            "temperature": temperature,
-            "inside": inside,
-        },
+        **RANGES["lm"],
+        rows=nll_rows,
     )

@@ -24,7 +24,7 @@ from kd_kit.callbacks import PrintLines
 from kd_kit.data import DistillData
 from kd_kit.evaluation import score
 from kd_kit.history import History
-from kd_kit.module import DistillModule
+from kd_kit.module import DistillModule, settle_parts
 from kd_kit.run_config import check_run, run_config
 from kd_kit.run_lock import lock_run
 from kd_kit.session import Session, StopRequests, shown
@@ -39,7 +39,8 @@ RECORD_EVERY = 10
 
 _MAX_SKIPPED = 20  # more than a gradient scaler needs to find its scale
 _STEPPED, _OWNER = "_kd_kit_stepped", "_kd_kit_owner"  # marks on a student: trained already, and by which trainer
-_PARTS_RATE = 5.0  # projectors and routers start from little and are thrown away: they may move faster
+_RATES = {"parts": 5.0, "projectors": 5.0, "routers": 5.0}  # what is thrown away at the end may move faster
+_SETTLING_BATCHES = 16  # that the parts of the terms look at before the first step
 
 
 class Trainer:
@@ -84,6 +85,7 @@ class Trainer:
         self._last_save = time.monotonic()
         self._save_seconds = 0.0
         self._prepare()
+        self._parts_start = copy.deepcopy(self.module.parts.state_dict())
 
         folder = session.folder
         self.history = History(folder / "metrics.jsonl")
@@ -113,6 +115,7 @@ class Trainer:
         self._skipped_in_row = 0
         self._resumed = False
         self._pending: list[tuple[dict, torch.Tensor]] = []
+        self._alarms: set[str] = set()
         self.accelerator = self.session.engine()
         self.module = DistillModule(self.student, self.terms).to(self.session.device)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), eps=1e-8)
@@ -150,6 +153,7 @@ class Trainer:
     def _run_to(self, end: int, requests: StopRequests) -> None:
         """The loop itself, and the save behind it."""
         self._write_run()
+        self._settle()
         self._reference_scores()
         self.module.train()
         self._tell("on_start")
@@ -160,8 +164,7 @@ class Trainer:
         self._last_save = time.monotonic()
         while self.step < end and self.stop_reason is None:
             started = time.monotonic()
-            device = self.session.device
-            self._train_step([next(batches).to(device, non_blocking=True) for _ in range(every)], started)
+            self._train_step([next(batches) for _ in range(every)], started)
             trained = time.monotonic()
             self.seconds += trained - started
             self._after_step(end)
@@ -208,6 +211,7 @@ class Trainer:
         if info is None:
             # the start that the folder holds, whatever an earlier cell or session did to this student
             _load_start(self.student, self.session.folder)
+            self.module.parts.load_state_dict(self._parts_start)
             self.history.rewind(-1)
             self._record_run()
             return False
@@ -313,8 +317,9 @@ class Trainer:
 
     def __repr__(self) -> str:
         shares = self.schedule.shares({t.name: t.weight for t in self.terms}, self.step / self.total_steps)
+        wide = max(9, *(len(t.name) for t in self.terms))
         lines = [
-            f"{t.name:9} share {shares[t.name]:.2f}, healthy {t.healthy[0]:g} to {t.healthy[1]:g} {t.unit}"
+            f"{t.name:{wide}} share {shares[t.name]:.2f}, healthy {t.healthy[0]:g} to {t.healthy[1]:g} {t.unit}"
             for t in self.terms
         ]
         per_step = self.data.batch_size * self.settings["accumulation"]
@@ -322,13 +327,13 @@ class Trainer:
         return "\n".join(
             [
                 *lines,
-                f"plan      {self.total_steps:,} steps of {per_step} windows each ({self._steps_done():,} done), "
+                f"{'plan':{wide}} {self.total_steps:,} steps of {per_step} windows each ({self._steps_done():,} done), "
                 f"{self.total_steps * self.settings['accumulation'] / self.data.batches_per_epoch:.2f} epochs",
-                f"rate      peak {self.settings['learning_rate']:g}, warm-up to step "
+                f"{'rate':{wide}} peak {self.settings['learning_rate']:g}, warm-up to step "
                 f"{max(1, round(self.lr_schedule.warmup * self.total_steps)):,}, decay from step "
                 f"{self.total_steps - round(self.lr_schedule.decay * self.total_steps):,}",
-                f"trained   {trained:,} parameters",
-                f"run       {shown(self.session.folder)} (id {self.run_id})",
+                f"{'trained':{wide}} {trained:,} parameters",
+                f"{'run':{wide}} {shown(self.session.folder)} (id {self.run_id})",
             ]
         )
 
@@ -346,6 +351,28 @@ class Trainer:
 
     # --- the step -----------------------------------------------------------------------------------------------
 
+    def _settle(self) -> None:
+        """Let the parts of the terms see the first batches of the run before its first step: statistics, starts."""
+        first = range(min(_SETTLING_BATCHES, self.data.batches_per_epoch))
+        batches = self.data.batches(self.settings["seed"], first)
+        with self.accelerator.autocast():
+            settle_parts(self.module, self.teacher, (b.to(self.session.device, non_blocking=True) for b in batches))
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients, the student's and the parts' each on their own: neither shrinks the other's step.
+
+        Returns:
+            the norm of the student's gradient before that.
+        """
+        most = self.settings["max_grad_norm"]
+        self.accelerator.unscale_gradients()  # once for both: a scaler refuses it a second time
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), most)
+        if len(self.module.parts):
+            parts = torch.nn.utils.clip_grad_norm_(self.module.parts.parameters(), most)
+            if not math.isfinite(float(parts)):
+                return parts
+        return norm
+
     def _train_step(self, batches: list[DistillBatch], started: float) -> None:
         """One optimizer step over all micro-batches, each term divided by its count in all of them.
 
@@ -356,23 +383,27 @@ class Trainer:
         rate = self.settings["learning_rate"] * self.lr_schedule.factor(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        counts = [sum(term.count(b) for b in batches) for term in self.terms]
+        counts = [sum(term.count(b) for b in batches) for term in self.terms]  # on the host, where they are made
+        batches = [b.to(self.session.device, non_blocking=True) for b in batches]
         scales = [shares[t.name] / c if c else 0.0 for t, c in zip(self.terms, counts, strict=True)]
         self.optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
-        asked = self.teacher is not None and any(t.top_k for t in self.terms)
+        asked = self.teacher is not None and self.module.needs.teacher
         sums = torch.zeros(len(self.terms), device=self.session.device)
         tail = torch.zeros((), device=self.session.device)
+        extras: dict[str, torch.Tensor] = {}
         setattr(self.student, _STEPPED, True)
         for number, batch in enumerate(batches):
             signal = self.teacher.signal(batch) if asked else None
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._prepared):
-                total, part = self._prepared(batch, signal, scales)
+                total, part, measured = self._prepared(batch, signal, scales)
                 accelerator.backward(total)
             sums += part
-            if signal is not None:
-                tail += signal.tail.exp().sum()
-        norm = accelerator.clip_grad_norm_(self.module.parameters(), self.settings["max_grad_norm"])
+            for name, value in measured.items():
+                extras[name] = extras[name] + value if name in extras else value
+            if signal is not None and signal.cells:
+                tail += next(iter(signal.cells.values())).tail.exp().sum()
+        norm = self._clip()
         skipped = accelerator.scaler is None and not math.isfinite(float(norm))
         if not skipped:  # a scaler sees to this itself
             self.optimizer.step()
@@ -394,21 +425,26 @@ class Trainer:
             "shares": shares,
             "taught_positions": taught,
             "counts": dict(zip((t.name for t in self.terms), counts, strict=True)),
-            "lr": {"student": rate} | ({"parts": rate * _PARTS_RATE} if self.module.parts else {}),
+            "lr": {group["name"]: rate * group["rate_factor"] for group in self.optimizer.param_groups},
             "skipped_steps": self.skipped_steps,
             "tokens_per_second": predicted / max(time.monotonic() - started, 1e-9),
             "aligned_share": aligned / max(predicted, 1),
             "taught_share": taught / max(predicted, 1),
         }
-        self._pending.append((record, torch.cat([sums, torch.stack([norm.float().to(sums.device), tail])])))
+        record["extras"] = {name: list(value.shape) for name, value in extras.items()}
+        flat = [sums, torch.stack([norm.float().to(sums.device), tail]), *(v.flatten() for v in extras.values())]
+        self._pending.append((record, torch.cat(flat)))
 
     def _flush(self) -> None:
         """Move what the last steps measured to the host, in one transfer, and into the history."""
         if not self._pending:
             return
-        values = torch.stack([v for _, v in self._pending]).cpu().tolist()
+        lengths = [len(v) for _, v in self._pending]
+        values = [row.tolist() for row in torch.cat([v for _, v in self._pending]).cpu().split(lengths)]
         broken: dict[str, list[int]] = {}
-        for (record, _), (*sums, norm, tail) in zip(self._pending, values, strict=True):
+        unseen = dict.fromkeys((t.name for t in self.terms), True)
+        for (record, _), row in zip(self._pending, values, strict=True):
+            sums, (norm, tail, *rest) = row[: len(self.terms)], row[len(self.terms) :]
             shares, counts = record.pop("shares"), record.pop("counts")
             terms = {}
             for term, value in zip(self.terms, sums, strict=True):
@@ -421,12 +457,18 @@ class Trainer:
                     "contribution": part,
                     "count": count,
                 }
+                unseen[term.name] &= not count
+            for name, shape in record.pop("extras").items():
+                term, what = name.split(".")
+                size = math.prod(shape)
+                found, rest = torch.tensor(rest[:size]), rest[size:]
+                count = counts[term] or 1
+                terms[term].setdefault("extras", {})[what] = (found / count).reshape(shape).tolist()
             record["terms"] = terms
             record["total"] = sum(t["contribution"] for t in terms.values() if t["contribution"] is not None)
             record["grad_norm"] = norm
             taught = record.pop("taught_positions")
-            asked = self.teacher is not None and any(t.top_k for t in self.terms)
-            record["tail_mass"] = tail / taught if taught and asked else None
+            record["tail_mass"] = tail / taught if taught and self.module.needs.readings else None
             self.history.append(record)
             names = [n for n, t in terms.items() if t["value"] is not None and not math.isfinite(t["value"])]
             if not names and not math.isfinite(norm) and self.accelerator.scaler is None:
@@ -434,10 +476,32 @@ class Trainer:
             for name in names:
                 broken.setdefault(name, []).append(record["step"])
         self._pending.clear()
+        for term in self.terms:
+            if unseen[term.name] and term.weight > 0:
+                self._alarm_once(f"{term.name} had nothing to look at: {term.empty}")
+        self._watch_experts()
         for name, steps in broken.items():
             text = f"{name} was not finite at {len(steps)} steps from {steps[0]:,} on; they were skipped"
             self.history.append({"kind": "event", "step": steps[-1], "what": "alarm", "text": text})
         self._tell("on_log")
+
+    def _watch_experts(self) -> None:
+        """An alarm for every gate that sends all spans to the same few experts."""
+        for name, term in self.history.last("train")["terms"].items():
+            for layer, load in enumerate(term.get("extras", {}).get("load", []), start=1):
+                if max(load) > 0.8 or min(load) < 0.2 / len(load):
+                    shown = ", ".join(f"{share:.0%}" for share in load)
+                    self._alarm_once(
+                        f"{name}: the knowledge router of its pair {layer} has collapsed or lost an expert; raise "
+                        f"balance= or lower experts=",
+                        f" (shares {shown})",
+                    )
+
+    def _alarm_once(self, text: str, figures: str = "") -> None:
+        """Record an alarm that holds from now on, the first time that it is seen."""
+        if text not in self._alarms:
+            self._alarms.add(text)
+            self.history.append({"kind": "event", "step": self.step, "what": "alarm", "text": text + figures})
 
     def _after_step(self, end: int) -> None:
         """Record, evaluate and save when it is time."""
@@ -512,11 +576,15 @@ class Trainer:
         decay = self.settings["weight_decay"]
         student = [p for p in self.student.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in student if p.ndim >= 2], "weight_decay": decay, "rate_factor": 1.0},
-            {"params": [p for p in student if p.ndim < 2], "weight_decay": 0.0, "rate_factor": 1.0},
-            {"params": list(self.module.parts.parameters()), "weight_decay": 0.0, "rate_factor": _PARTS_RATE},
+            {"name": "student", "params": [p for p in student if p.ndim >= 2], "weight_decay": decay},
+            {"name": "student", "params": [p for p in student if p.ndim < 2], "weight_decay": 0.0},
         ]
+        for name in _RATES:
+            parts = [part for part in self.module.parts.values() if getattr(part, "group", "parts") == name]
+            own = [p for part in parts for p in part.parameters()]
+            groups.append({"name": name, "params": own, "weight_decay": 0.0})
         for group in groups:
+            group["rate_factor"] = _RATES.get(group["name"], 1.0)
             group["lr"] = self.settings["learning_rate"] * group["rate_factor"]
         return [g for g in groups if g["params"]]
 

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 
 from kd_kit.data import DistillData
+from kd_kit.kd_terms import kd_term
 from kd_kit.models import check_model
+from kd_kit.module import all_needs
 from kd_kit.session import Session, build_session
 from kd_kit.stages import LearningRate, Schedule, constant
 from kd_kit.teacher import LiveTeacher
-from kd_kit.terms import LossTerm, kd_term, lm_term
+from kd_kit.terms import LossTerm, Setup, lm_term
 from kd_kit.trainer import Trainer
 
 
@@ -48,6 +50,7 @@ def build_trainer(
     schedule: Schedule | None = None,
     lr_schedule: LearningRate | None = None,
     accumulation: int = 1,
+    more_experts: int | None = None,
     weight_decay: float = 0.1,
     max_grad_norm: float = 1.0,
     seed: int = 0,
@@ -68,6 +71,8 @@ def build_trainer(
         learning_rate: peak rate of the student; 5e-4 suits pretrained students, untrained ones take several times that.
         schedule: shares of the terms over the run. lr_schedule: warm-up, stable, decay.
         accumulation: batches per optimizer step.
+        more_experts: experts per token of a second pass of a mixture teacher; its next-token distribution is then the
+            mean of both passes. Costs a second teacher pass per step.
         seed: of the order of the data.
         eval_every: steps between evaluations; a tenth of the run if left out. eval_windows: held-out windows that
             each of them looks at, spread evenly (:func:`kd_kit.evaluate` looks at all).
@@ -93,7 +98,7 @@ def build_trainer(
     total = steps if steps is not None else round(epochs * data.batches_per_epoch / accumulation)
     if total < 1:
         raise ValueError(f"build_trainer: expected at least one step, got {total}; raise steps= or epochs=")
-    needs = [t for t in terms if t.top_k]
+    needs = [t for t in terms if t.taught]
     if needs and not any(t.name == "lm" and t.weight > 0 for t in terms):
         raise ValueError(
             f"build_trainer: expected an lm_term with a weight above 0 beside the teacher's terms, got {names}; "
@@ -110,8 +115,10 @@ def build_trainer(
     check_model(student, data.pair.student_vocab, data.window, "student")
     if teacher is not None:
         check_model(teacher, data.pair.teacher_vocab, data.window, "teacher")
-        cells = max((t.top_k for t in needs), default=min(64, data.pair.bridge.student_size))
-        live = LiveTeacher(teacher, data.pair.bridge, top_k=cells)  # also without such a term: to be compared with
+        setup = Setup(student, teacher, data.pair)
+        terms = [t.bound(setup) for t in terms]
+        # also without a term that needs it: to be compared with
+        live = LiveTeacher(teacher, data.pair.bridge, all_needs(terms), more_experts=more_experts)
     settings = {
         "learning_rate": learning_rate,
         "accumulation": accumulation,

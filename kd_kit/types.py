@@ -7,7 +7,9 @@ Axes, used in every docstring and shape comment:
     S  teacher positions             K  kept cells of a teacher distribution
     C  spans between two common byte boundaries
     D  student width                 E  teacher width
-    N  student positions of a batch that predict a token ("rows"), M those of them that the teacher can teach
+    N  student positions of a batch that predict a token ("rows"), M those of them that the teacher can teach,
+       A those of them that are aligned
+    P  scored spans of a batch       X  experts of a mixture
 
 A *position* is named after what it predicts: position ``i`` has read tokens ``0..i``, stands at the byte
 where token ``i`` ends, and predicts token ``i + 1``. Targets are shifted once, where the batch is built.
@@ -15,7 +17,8 @@ where token ``i`` ends, and predicts token ``i + 1``. Targets are shifted once, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -50,24 +53,32 @@ class Alignment:
         return max(len(self.student_boundaries) - 1, 0)
 
 
-class _OnDevice:
-    """Moves every tensor field of a frozen dataclass at once."""
+class OnDevice:
+    """Moves every tensor of a frozen dataclass at once, also those in mappings and in objects of this kind."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False):
-        def move(value):
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-
-        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self):
-        def pin(value):
-            return value.pin_memory() if isinstance(value, Tensor) else value
+        return self.mapped(lambda tensor: tensor.pin_memory())
 
-        return type(self)(**{f.name: pin(getattr(self, f.name)) for f in fields(self)})
+    def mapped(self, function: Callable[[Tensor], Tensor]):
+        """The same object with ``function`` applied to every tensor in it."""
+
+        def apply(value):
+            if isinstance(value, Tensor):
+                return function(value)
+            if isinstance(value, OnDevice):
+                return value.mapped(function)
+            if isinstance(value, Mapping):
+                return {name: apply(v) for name, v in value.items()}
+            return value
+
+        return type(self)(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)
-class DistillBatch(_OnDevice):
+class DistillBatch(OnDevice):
     """Windows of text in both tokenizations, padded on the right.
 
     Attributes:
@@ -77,7 +88,8 @@ class DistillBatch(_OnDevice):
         teacher_ids: [B, S] int64.
         teacher_targets: [B, S] int64, as ``targets``, over the same bytes.
         teacher_index: [B, T] int64, teacher position at or before each student position (0 where none).
-        aligned: [B, T] bool, a target is there and the teacher stands at the same byte.
+        aligned: [B, T] bool, a target is there and the teacher stands at the same byte. Positions where the two
+            tokenizers cut a run of white space differently are left out, of ``taught`` too.
         rows: [N] int64, flat indices (b * T + t) of the positions with a target, made on the host so that no
             step waits for the device to count them.
         aligned_rows: [A] int64, those of them that are aligned.
@@ -85,9 +97,15 @@ class DistillBatch(_OnDevice):
         taught_rows: [M] int64, the flat indices of these.
         prefix: [M, 3] int64, for each of these the bytes read since the teacher's boundary (0 where aligned) and the
             range of teacher tokens that begin with them, see :meth:`kd_kit.inside.InsideBridge.span`.
+        same: [B, T] bool, aligned, and both sides' next tokens are the same bytes.
+        same_rows: the flat indices of these.
+        whitespace: [B] int64, positions left out because of a run of white space.
         span_student: [B, C + 1] int64, ``Alignment.student_boundaries``, padded with its last entry.
         span_teacher: [B, C + 1] int64.
-        span_mask: [B, C] bool.
+        span_mask: [B, C] bool, spans that are there and whose bytes are scored.
+        span_rows: [P, 2] int64, for each of these, window by window, the flat student and teacher position of its
+            last token: both models have then read the same bytes.
+        document: [B] int64, the document that each window was cut from.
         sample: [B] int64, the index of each window in its data set.
     """
 
@@ -103,10 +121,20 @@ class DistillBatch(_OnDevice):
     taught: Tensor
     taught_rows: Tensor
     prefix: Tensor
+    same: Tensor
+    same_rows: Tensor
+    whitespace: Tensor
     span_student: Tensor
     span_teacher: Tensor
     span_mask: Tensor
+    span_rows: Tensor
+    document: Tensor
     sample: Tensor
+
+    def spans_of(self) -> tuple[Tensor, Tensor]:
+        """[P] int64 each: the window of every row of ``span_rows``, and its number among that window's spans."""
+        window, span = self.span_mask.nonzero(as_tuple=True)
+        return window, span
 
     def __repr__(self) -> str:
         b, t = self.student_ids.shape
@@ -117,21 +145,45 @@ class DistillBatch(_OnDevice):
 
 
 @dataclass(frozen=True)
-class TeacherSignal(_OnDevice):
+class Cells(OnDevice):
+    """Next-token distributions of the teacher over few cells. ``exp(log_probs).sum(-1) + exp(tail) == 1``.
+
+    Attributes:
+        ids: [n, K] int64, student tokens that keep a cell of their own; None where cells are ranks and not tokens.
+        log_probs: [n, K] float32, log of the teacher's probability of that cell in nats; -inf marks an unused cell.
+        tail: [n] float32, log of all the mass that has no cell: below the top K, or without a home in the student's
+            vocabulary.
+    """
+
+    ids: Tensor | None
+    log_probs: Tensor
+    tail: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherSignal(OnDevice):
     """What the teacher knows about a batch, in the student's vocabulary and at the student's positions.
 
     A loss never learns whether it was computed just now or read from a cache, nor which tokenizer the teacher had.
+    Only what the terms of a run need is there.
 
     Attributes:
-        ids: [M, K] int64, student tokens that keep a cell of their own, one row per entry of ``taught_rows``.
-        log_probs: [M, K] float32, log of the teacher's probability of that cell in nats; -inf marks an unused cell.
-        tail: [M] float32, log of all the mass that has no cell: below the top K, or without a home in the
-            student's vocabulary. ``exp(log_probs).sum(-1) + exp(tail) == 1``.
+        cells: {key of a reading: :class:`Cells`}, one row per position that the reading is about, see
+            :mod:`kd_kit.readings`.
+        row_states: [A, E] float32, the teacher's final hidden state at every aligned row; None if not needed.
+        span_log_probs: [B, C] float32, log-probability in nats of each span's bytes as the teacher cuts them, 0 where
+            there is no scored span; None if not needed.
+        states: {teacher layer: [P, E] float32}, its hidden state at the end of every scored span.
+        routing: {teacher layer: [P, X] float32}, its distribution over experts there.
+        attention: {teacher layer: {"q" | "k" | "v": [B, S, width]}}, its attention projections.
     """
 
-    ids: Tensor
-    log_probs: Tensor
-    tail: Tensor
+    cells: Mapping[str, Cells] = field(default_factory=dict)
+    row_states: Tensor | None = None
+    span_log_probs: Tensor | None = None
+    states: Mapping[int, Tensor] = field(default_factory=dict)
+    routing: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,10 +193,12 @@ class LossValue:
     Attributes:
         sum: scalar float32 with gradient.
         count: scalar float32 without gradient, how many positions the sum runs over.
+        extras: what else was measured, as sums over the same positions, by name; recorded, never differentiated.
     """
 
     sum: Tensor
     count: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean(self) -> Tensor:

@@ -28,8 +28,12 @@ class Audit:
         bridged_next: share of the aligned ones where the bridge sends the teacher's next token to the student's.
         taught: share of positions at which the teacher can be heard at all: aligned, or inside one of its tokens.
         inside_next: share of those inside where the rest of the teacher's token begins with the student's next one.
+        whitespace: share of positions left out because the two cut a run of white space differently.
         shared_tokens: teacher tokens that are, byte for byte, student tokens. homeless_tokens: without any home.
+        homeless_specials: those of them that are special tokens, which map by meaning and not by bytes.
+        kinship: "same", "extends" or "different", see :attr:`kd_kit.pair.TokenizerPair.kinship`.
         padded_rows: rows of the teacher's head behind its tokenizer's last entry, None without a teacher.
+        shared_mass: the teacher's probability on tokens that the student has byte for byte, None without a teacher.
         homed_mass: the teacher's probability that has a home in the student's vocabulary, None without a teacher.
         kept_mass: {K: mass in the K largest cells}, None without a teacher.
     """
@@ -40,27 +44,55 @@ class Audit:
     bridged_next: float
     taught: float
     inside_next: float
+    whitespace: float
     shared_tokens: int
     homeless_tokens: int
+    homeless_specials: int
+    kinship: str
     padded_rows: int | None = None
+    shared_mass: float | None = None
     homed_mass: float | None = None
     kept_mass: dict[int, float] | None = None
 
     @property
+    def reach(self) -> float:
+        """Share of all positions at which the bridge carries the teacher's own next token to the student's."""
+        return self.aligned * self.bridged_next + (self.taught - self.aligned) * self.inside_next
+
+    @property
+    def method(self) -> str:
+        """The way across the vocabularies that suits them, for ``kd_term(method=...)``."""
+        if self.kinship != "different" and self.aligned > 0.999 and self.same_next > 0.999:
+            return "same"
+        if self.reach < 0.6 and self.aligned >= 0.2:
+            return "projector"
+        return "bridge"
+
+    @property
     def recommendation(self) -> str:
         """Which way across the vocabularies, and why, in words."""
-        reach = self.aligned * self.bridged_next + (self.taught - self.aligned) * self.inside_next
-        figures = (
+        strict = self.aligned * self.same_next
+        if self.method == "same":
+            return (
+                'kd_term(method="same"): the ids of both tokenizers mean the same, and they cut '
+                f"{self.same_next:.1%} of this text alike, so nothing needs to be carried across."
+            )
+        heard = (
             f"the teacher can be heard at {self.taught:.0%} of the student's positions ({self.aligned:.0%} where both "
             f"stand at the same byte, the rest inside teacher tokens), and its own next token, carried over the "
-            f"byte-prefix bridge, is the student's at {reach:.0%} of all positions"
+            f"byte-prefix bridge, is the student's at {self.reach:.0%} of all positions"
         )
-        if self.aligned > 0.999 and self.same_next > 0.999:
-            return f"kd_term(): both tokenizers cut this text alike, so the bridge is the identity ({figures})."
-        if reach >= 0.6:
-            return f"kd_term(): {figures}."
+        if self.method == "bridge" and self.reach >= 0.6:
+            return f'kd_term(): {heard}; exact token matches alone (method="strict") would be heard at {strict:.0%}.'
+        if self.method == "projector":
+            return (
+                f'kd_term(method="projector"): both stand at the same byte at {self.aligned:.0%} of the positions, but '
+                f"the byte-prefix bridge gives the student's next token at only {self.reach:.0%}, so a learned map "
+                "from the teacher's states may carry more than its tokens do. Compare it with kd_term() on held-out "
+                "text."
+            )
         return (
-            f"kd_term() with a doubtful outlook: {figures}. "
+            f"kd_term() with a doubtful outlook: {heard}. "
             "Look at the text (is it the language of both tokenizers?), or choose a teacher with a closer tokenizer."
         )
 
@@ -72,11 +104,16 @@ class Audit:
             ("  of these: bridge gives the student's next token", f"{self.bridged_next:.1%}"),
             ("inside a teacher token, and taught", f"{self.taught - self.aligned:.1%}"),
             ("  of these: bridge gives the student's next token", f"{self.inside_next:.1%}"),
+            ("left out: white space cut differently", f"{self.whitespace:.1%}"),
+            ("ids of the two tokenizers", self.kinship),
             ("teacher tokens that the student has too", f"{self.shared_tokens:,}"),
             ("teacher tokens without a home", f"{self.homeless_tokens:,}"),
+            ("  of these: special tokens", f"{self.homeless_specials:,}"),
         ]
         if self.padded_rows is not None:
             lines.append(("padded rows of the teacher's head, cut off", f"{self.padded_rows:,}"))
+        if self.shared_mass is not None:
+            lines.append(("teacher's mass on tokens that the student has", f"{self.shared_mass:.1%}"))
         if self.homed_mass is not None:
             lines.append(("teacher's mass with a home", f"{self.homed_mass:.2%}"))
         for k, mass in (self.kept_mass or {}).items():
@@ -95,7 +132,7 @@ class Audit:
         return self.table._repr_html_()
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"recommendation": self.recommendation}
+        return asdict(self) | {"method": self.method, "recommendation": self.recommendation}
 
 
 def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
@@ -111,22 +148,23 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
         raise ValueError("audit: expected data made with these tokenizers, got data of another pair; build_data again")
     bridge = tokenizers.bridge
     table = bridge.table
-    student_bytes, teacher_bytes = tokenizers.student_vocab.tokens, tokenizers.teacher_vocab.tokens
-    positions = aligned = same = bridged = taught = inside = 0
-    homed = 0.0
+    identical = torch.from_numpy(tokenizers.identical) >= 0
+    positions = aligned = same = bridged = taught = inside = whitespace = 0
+    homed = shared = 0.0
     ks = [k for k in (8, 16, 32, 64, 128) if k <= bridge.student_size]
     kept = torch.zeros(len(ks), dtype=torch.float64)
     for batch in data.train.in_order(data.batch_size, _WINDOWS):
         rows = batch.aligned_rows
         positions += len(batch.rows)
         aligned += len(rows)
+        whitespace += int(batch.whitespace.sum())
         at = _teacher_places(batch, rows)
         ours = batch.targets.flatten()[rows]
         theirs = batch.teacher_targets.flatten()[at]
         known = theirs != IGNORE
         ours, theirs = ours[known], theirs[known]
         bridged += int((table[theirs] == ours).sum())
-        same += sum(student_bytes[s] == teacher_bytes[t] for s, t in zip(ours.tolist(), theirs.tolist(), strict=True))
+        same += len(batch.same_rows)
         taught += len(batch.taught_rows)
         within = batch.prefix[:, 0] > 0
         at_within = _teacher_places(batch, batch.taught_rows[within])
@@ -137,10 +175,10 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
         ]
         inside += int((torch.tensor(homes, dtype=torch.int64) == ours).sum())
         if teacher is not None:
-            for home, largest in _masses(teacher, batch, at, bridge, ks[-1]):
+            for home, both, largest in _masses(teacher, batch, at, bridge, identical, ks[-1]):
                 homed += float(home.sum())
+                shared += float(both.sum())
                 kept += largest.cumsum(-1)[:, [k - 1 for k in ks]].double().sum(0).cpu()
-    mass = None if teacher is None else homed / max(aligned, 1)
     return Audit(
         positions=positions,
         aligned=aligned / positions,
@@ -148,10 +186,14 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
         bridged_next=bridged / max(aligned, 1),
         taught=taught / positions,
         inside_next=inside / max(taught - aligned, 1),
+        whitespace=whitespace / positions,
         shared_tokens=bridge.shared,
         homeless_tokens=int((table == bridge.student_size).sum()),
+        homeless_specials=sum(int(table[t]) == bridge.student_size for t in tokenizers.teacher_vocab.special),
+        kinship=tokenizers.kinship,
         padded_rows=None if teacher is None else head_of(teacher).weight.shape[0] - bridge.teacher_size,
-        homed_mass=mass,
+        shared_mass=None if teacher is None else shared / max(aligned, 1),
+        homed_mass=None if teacher is None else homed / max(aligned, 1),
         kept_mass=None if teacher is None else dict(zip(ks, (kept / max(aligned, 1)).tolist(), strict=True)),
     )
 
@@ -163,12 +205,15 @@ def _teacher_places(batch, rows: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _masses(teacher, batch, at: torch.Tensor, bridge, k: int):
-    """Of the teacher at flat positions ``at``, chunk by chunk: mass with a home [n], and the K largest cells [n, K]."""
+def _masses(teacher, batch, at: torch.Tensor, bridge, identical: torch.Tensor, k: int):
+    """Of the teacher at flat positions ``at``, chunk by chunk: mass with a home [n], mass on tokens that are
+    ``identical`` in both vocabularies [n], and the K largest cells [n, K].
+    """
     device = next(teacher.parameters()).device
     hidden = body_of(teacher)(input_ids=batch.teacher_ids.to(device), use_cache=False).last_hidden_state
     rows = hidden.flatten(0, 1)[at.to(device)]
     head = head_of(teacher).cut(bridge.teacher_size)
     for chunk in chunks(len(rows), head.chunk_rows()):
-        probs = bridge.project(torch.softmax(head.logits(rows[chunk]), dim=-1))
-        yield 1 - probs[:, -1], probs[:, :-1].topk(k, dim=-1).values
+        theirs = torch.softmax(head.logits(rows[chunk]), dim=-1)
+        probs = bridge.project(theirs)
+        yield 1 - probs[:, -1], theirs[:, identical.to(device)].sum(-1), probs[:, :-1].topk(k, dim=-1).values

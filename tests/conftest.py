@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is first 
 
 import dataclasses
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,11 +131,22 @@ def collate_by_hand(
         aligned,  # no vocabulary here: only aligned positions can be taught
         torch.flatten(aligned).nonzero().squeeze(-1),
         torch.zeros(int(aligned.sum()), 3, dtype=torch.long),
+        torch.zeros_like(aligned),  # nor are any two tokens the same bytes
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(b, dtype=torch.long),
         span_student,
         span_teacher,
         span_mask,
+        _span_rows(span_student, span_teacher, span_mask, t, s),
+        torch.arange(b),
         torch.arange(b),
     )
+
+
+def _span_rows(student, teacher, mask, t: int, s: int) -> torch.Tensor:
+    window, span = mask.nonzero(as_tuple=True)
+    ends = window * t + student[window, span + 1], window * s + teacher[window, span + 1]
+    return torch.stack(ends, dim=-1)
 
 
 def random_items(seed: int, rows: int, *, student: int = 40, teacher: int = 40, low: int = 12, high: int = 24):
@@ -188,6 +200,27 @@ def embedded_batch(embedded_pair):
     return collate_by_hand(items)
 
 
+def live(model, bridge, top_k: int = 64, *, over: str = "taught"):
+    """A teacher that is asked for its ``top_k`` largest cells over a bridge, as :func:`bound` terms ask."""
+    from kd_kit.readings import BridgeReading, Needs
+    from kd_kit.teacher import LiveTeacher
+
+    return LiveTeacher(model, bridge, Needs((BridgeReading("bridge", bridge, top_k, over=over),)))
+
+
+def cells_of(signal):
+    """The cells of the only reading of a signal."""
+    (cells,) = signal.cells.values()
+    return cells
+
+
+def bound(term, bridge):
+    """The term for a pair of tokenizers of which only the bridge is looked at."""
+    from kd_kit.terms import Setup
+
+    return term.bound(Setup(None, None, SimpleNamespace(bridge=bridge)))
+
+
 def untaught(batch: DistillBatch) -> DistillBatch:
     """The same batch of a pair of tokenizers that never meet: no position can be taught."""
     none = torch.zeros(0, dtype=torch.long)
@@ -198,4 +231,6 @@ def untaught(batch: DistillBatch) -> DistillBatch:
         taught=torch.zeros_like(batch.taught),
         taught_rows=none,
         prefix=none.reshape(0, 3),
+        same=torch.zeros_like(batch.same),
+        same_rows=none,
     )

@@ -10,16 +10,20 @@ import functools
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from kd_kit import build_data, build_teacher, build_tokenizers, build_trainer, kd_term, lm_term
 from kd_kit.history import History
+from kd_kit.inside import InsideBridge
 from kd_kit.offline import STUDENT, asset_folder, corpus
+from kd_kit.pair import TokenizerPair
 from kd_kit.session import Session
 from kd_kit.tensor_tree import flatten_optimizer
 from kd_kit.terms import LossTerm
 from kd_kit.types import LossValue
+from kd_kit.vocab import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,6 +69,73 @@ def pages(count: int = 8, size: int = 500) -> list[str]:
 @functools.cache
 def small_data(batch_size: int = 2, window: int = 32, count: int = 8, size: int = 500):
     return build_data(pages(count, size), pair(), held_out=0.25, window=window, batch_size=batch_size)
+
+
+class ToyPair(TokenizerPair):
+    """Two vocabularies that read a text greedily, each time with the longest of their tokens that fits."""
+
+    def encode(self, texts: list[str]):
+        found = []
+        for text in texts:
+            sides = []
+            for vocab in (self.student_vocab, self.teacher_vocab):
+                ids = np.array(greedy(vocab, text.encode()), dtype=np.int64)
+                sides += [ids, vocab.lengths[ids]]
+            found.append(tuple(sides))
+        return found
+
+
+def greedy(vocab: Vocabulary, text: bytes) -> list[int]:
+    ids = {t: i for i, t in reversed(list(enumerate(vocab.tokens))) if t and i not in vocab.special}
+    longest, out, at = max(map(len, ids)), [], 0
+    while at < len(text):
+        found = next(ids[text[at : at + n]] for n in range(longest, 0, -1) if text[at : at + n] in ids)
+        out.append(found)
+        at += len(vocab.tokens[found])
+    return out
+
+
+LETTERS = (b"<s>", b"a", b"b", b"c", b"d", b"e", b"f", b" ", b"\n")
+"""A start token, and every byte of :func:`toy_texts`."""
+
+TOY_STUDENT = (*LETTERS, b"ab", b"cd", b" a", b"ef", b"de", b"bc", b"\n ", b"   ", b"fab", b" cd", b"ee")
+TOY_TEACHER = (
+    *LETTERS,
+    b" ab",
+    b"abc",
+    b"cd",
+    b"cde",
+    b"ef",
+    b"fa",
+    b" a",
+    b"  ",
+    b"    ",
+    b"\n\n",
+    b"bcd",
+    b"ab",
+    b"  a",
+)
+
+
+def toy_vocabulary(*tokens: bytes, special: tuple[int, ...] = (0,)) -> Vocabulary:
+    return Vocabulary("toy", tokens, frozenset(special), 0, 0, 0)
+
+
+def toy_pair(teacher=TOY_TEACHER, student=TOY_STUDENT, *, specials=((0,), (0,))) -> ToyPair:
+    """A pair of tokenizers of a few dozen tokens; the first of each starts and ends documents."""
+    vocabs = [toy_vocabulary(*t, special=s) for t, s in zip((teacher, student), specials, strict=True)]
+    return ToyPair(None, None, *vocabs, InsideBridge(*vocabs), f"{vocabs}{teacher}{student}")
+
+
+def toy_texts(count: int = 8, size: int = 60, seed: int = 0) -> list[str]:
+    """Random letters with spaces and line ends, also several of them in a row."""
+    rng = np.random.default_rng(seed)
+    pieces = ["a", "b", "c", "d", "e", "f", "ab", "bcd", "cde", "efab", " ", " ", " a", " cd", "   ", "\n\n  ", "\n"]
+    return ["".join(rng.choice(pieces, size))[:size] + "f" for _ in range(count)]
+
+
+def toy_data(pair: ToyPair, *, window: int = 24, batch_size: int = 3, **texts):
+    return build_data(toy_texts(**texts), pair, held_out=0.2, window=window, batch_size=batch_size)
 
 
 class Part(nn.Module):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import pages, pair, small_data
+from helpers import pages, pair, small_data, toy_pair, toy_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -183,6 +185,137 @@ def test_a_special_token_in_a_text_is_text():
     for vocab, ids in ((pair().student_vocab, "student_ids"), (pair().teacher_vocab, "teacher_ids")):
         row = getattr(data.train.collate([0]), ids)[0, 1:].tolist()
         assert not vocab.special.intersection(row)
+
+
+# --- what the teacher can be heard about -----------------------------------------------------------------------------
+
+CODE = (
+    "def mean(values, weights=None):\n    total = 0\n    for value in values:\n        if value > 0:\n"
+    "            total += value\n\n\n    return total   # of all\n\n\tx  =   1\n"
+    "      y = [\n                 2,\n   ]\n \n  \n"
+)
+
+
+def naive_masks(batch, row: int, pair) -> dict[str, list[bool]]:
+    """By position of a window: aligned, taught, same, and left out for white space; from the tokens' bytes alone."""
+    out = {name: [] for name in ("aligned", "taught", "same", "whitespace")}
+    student, teacher = pair.student_vocab, pair.teacher_vocab
+    theirs = batch.teacher_ids[row].tolist()
+    last = int((batch.teacher_targets[row] != IGNORE).nonzero().max()) + 1  # of the teacher's tokens, not padding
+    for i, target in enumerate(batch.targets[row].tolist()):
+        found = dict.fromkeys(out, False)
+        here = len(student.bytes_of(batch.student_ids[row, 1 : i + 1].tolist()))
+        j = max(j for j in range(last + 1) if len(teacher.bytes_of(theirs[1 : j + 1])) <= here)
+        if target != IGNORE and j < last:
+            says, other = student.tokens[target], teacher.tokens[theirs[j + 1]]
+            meet = len(teacher.bytes_of(theirs[1 : j + 1])) == here
+            if any(len(token) > 1 and token.isspace() for token in (says, other)) and not (meet and says == other):
+                found["whitespace"] = True
+            else:
+                found |= {"aligned": meet, "taught": True, "same": meet and says == other}
+        for name, value in found.items():
+            out[name].append(value)
+    return out
+
+
+def code_windows(kind: str):
+    """Windows of a pair of tokenizers that cut indented code differently."""
+    if kind == "toy":
+        pair_of = toy_pair()
+        return pair_of, build_data(toy_texts(), pair_of, held_out=toy_texts(2, seed=5), window=24, stride=8)
+    return pair(), build_data([CODE * 2, *pages(2, 200)], pair(), held_out=[CODE], window=48, stride=16)
+
+
+@pytest.mark.parametrize("kind", ["toy", "embedded"])
+def test_white_space_that_both_sides_cut_differently_is_left_out_and_all_else_is_there(kind):
+    pair_of, data = code_windows(kind)
+    seen = dict.fromkeys(("aligned", "taught", "same", "whitespace"), 0)
+    inside = 0
+    for windows in (data.train, data.held_out):
+        for batch in windows.in_order(3):
+            for row in range(len(batch.sample)):
+                expected = naive_masks(batch, row, pair_of)
+                for name in ("aligned", "taught", "same"):
+                    assert getattr(batch, name)[row].tolist() == expected[name], name
+                assert int(batch.whitespace[row]) == sum(expected["whitespace"])
+                for name, found in expected.items():
+                    seen[name] += sum(found)
+            for name in ("aligned", "taught", "same"):
+                rows = getattr(batch, f"{name}_rows")
+                assert torch.equal(rows, getattr(batch, name).flatten().nonzero().squeeze(-1))
+                assert set(rows.tolist()) <= set(batch.rows.tolist())
+            assert len(batch.prefix) == len(batch.taught_rows)
+            inside += int((batch.prefix[:, 0] > 0).sum())
+            assert int((batch.prefix[:, 0] == 0).sum()) == len(batch.aligned_rows)
+    assert all(count > 20 for count in seen.values()), seen
+    assert seen["aligned"] + inside == seen["taught"]
+    assert inside > 5
+
+
+def test_inside_a_run_of_white_space_the_same_bytes_are_still_another_cut():
+    """Three spaces as "a " + "  " against "a" + "  " + " ": after the first, both sides' next token is "  "."""
+    pair_of = toy_pair(teacher=(b"<s>", b"a", b" ", b"  "), student=(b"<s>", b"a", b" ", b"  ", b"a "))
+    batch = build_data(["aa   aaa  a"] * 2, pair_of, held_out=0.5, window=16).train.collate([0])
+    spelled_as = [
+        [vocab.tokens[i] for i in ids[0, 1:].tolist()]
+        for vocab, ids in ((pair_of.student_vocab, batch.student_ids), (pair_of.teacher_vocab, batch.teacher_ids))
+    ]
+    assert spelled_as[0][:4] == [b"a", b"a ", b"  ", b"a"]
+    assert spelled_as[1][:5] == [b"a", b"a", b"  ", b" ", b"a"]
+    expected = naive_masks(batch, 0, pair_of)
+    assert expected["whitespace"][2]
+    assert batch.taught[0].tolist() == expected["taught"]
+    assert int(batch.whitespace[0]) == sum(expected["whitespace"])
+
+
+@pytest.mark.parametrize("kind", ["toy", "embedded"])
+def test_every_scored_span_ends_where_both_have_read_the_same_bytes(kind):
+    pair_of, data = code_windows(kind)
+    sides = ("student", pair_of.student_vocab), ("teacher", pair_of.teacher_vocab)
+    for batch in (data.train.collate([0, 2, 1]), data.held_out.collate([1, 2, 0])):
+        expected = []
+        for row in range(3):
+            read = []  # bytes before every position, by side
+            for side, vocab in sides:
+                ids = getattr(batch, f"{side}_ids")[row].tolist()
+                targets = (batch.targets if side == "student" else batch.teacher_targets)[row]
+                size = int((targets != IGNORE).nonzero().max()) + 2
+                read.append([len(vocab.bytes_of(ids[1 : i + 1])) for i in range(size)])
+            scored = min(read[0][i] for i in range(len(read[0])) if batch.targets[row, i] != IGNORE)
+            both = sorted(set(read[0]) & set(read[1]))
+            # the span up to each common boundary but the first; its bytes are charged from `scored` on
+            expected += [(row, a, b) for a, b in itertools.pairwise(both) if a >= scored]
+        found = []
+        width, long = batch.student_ids.shape[1], batch.teacher_ids.shape[1]
+        for (ours, theirs), window, span in zip(
+            batch.span_rows.tolist(), *map(torch.Tensor.tolist, batch.spans_of()), strict=True
+        ):
+            (row, i), (other, j) = divmod(ours, width), divmod(theirs, long)
+            assert row == other == window
+            starts = int(batch.span_student[row, span]), int(batch.span_teacher[row, span])
+            assert (i, j) == (int(batch.span_student[row, span + 1]), int(batch.span_teacher[row, span + 1]))
+            bytes_read = [
+                [len(vocab.bytes_of(getattr(batch, f"{side}_ids")[row, 1 : at + 1].tolist())) for at in ends]
+                for (side, vocab), ends in zip(sides, zip(starts, (i, j), strict=True), strict=True)
+            ]
+            assert bytes_read[0] == bytes_read[1]
+            found.append((row, *bytes_read[0]))
+        assert found == expected
+        assert len(found) == int(batch.span_mask.sum()) > 10
+
+
+def test_a_batch_knows_the_document_of_every_window():
+    texts = pages(4)
+    data = build(texts)
+    seen = set()
+    for batch in data.train.in_order(3):
+        for row, document in enumerate(batch.document.tolist()):
+            window = spelled(
+                pair().student_vocab, batch.student_ids[row][: int((batch.targets[row] >= 0).sum()) + 1].tolist()
+            )
+            assert [i for i, text in enumerate(texts) if window in text.encode()] == [document]
+            seen.add(document)
+    assert seen == set(range(4))
 
 
 # --- order -----------------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_kit.head import Head, body_of, head_losses, head_of
-from kd_kit.losses import cross_entropy, forward_kl, jensen_shannon, reverse_kl, top_k_cells
+from kd_kit.head import Given, Head, body_of, head_losses, head_of
+from kd_kit.losses import cross_entropy, forward_kl, jensen_shannon, reverse_kl, student_cells, top_k_cells
 
 N, D, V, K = 23, 8, 31, 5
+KEY = "reading"
 
 DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen": jensen_shannon}
 
@@ -21,7 +22,7 @@ def row_losses():
     """Cross-entropy over all rows, and divergences that are 0 where no teacher is."""
 
     def over(divergence):
-        return lambda rows: torch.where(rows.has_teacher, divergence(rows.student, rows.teacher), 0.0)
+        return lambda rows: divergence(rows.student(KEY), rows.teacher(KEY))
 
     losses = {name: over(divergence) for name, divergence in DIVERGENCES.items()}
     return {"lm": lambda rows: cross_entropy(rows.logits, rows.targets, rows.log_z), **losses}
@@ -37,17 +38,14 @@ def example(n=N, d=D, v=V, k=K, *, dtype=torch.float32, seed=0, bias=True):
     ids, log_probs, tail = top_k_cells(probs, k)
     log_probs[1::3, -1] = -torch.inf  # some cells are unused
     teacher = torch.cat([log_probs, tail.unsqueeze(-1)], dim=-1).log_softmax(-1)
-    inputs = {
-        "targets": torch.randint(0, v, (n,), generator=generator),
-        "cell_ids": ids,
-        "teacher_cells": teacher,
-        "has_teacher": torch.rand(n, generator=generator) < 0.7,
-    }
-    return hidden, weight, shift, inputs
+    targets = torch.randint(0, v, (n,), generator=generator)
+    there = torch.rand(n, generator=generator) < 0.7
+    return hidden, weight, shift, {"targets": targets, "given": {KEY: Given(there, ids, teacher)}}
 
 
-def plain_losses(logits, targets, cell_ids, teacher_cells, has_teacher):
+def plain_losses(logits, targets, given):
     """The same losses from all logits at once and a softmax of its own, row by row."""
+    cell_ids, teacher_cells, has_teacher = given[KEY].ids, given[KEY].cells, given[KEY].there
     log_probs = logits.float().log_softmax(-1)
     out = {"lm": functional.cross_entropy(logits.float(), targets, reduction="none")}
     cells, known = [], []
@@ -116,7 +114,7 @@ def test_without_a_teacher_rows_carry_none():
     expected = functional.cross_entropy(hidden @ weight.T, inputs["targets"], reduction="none")
     torch.testing.assert_close(value, expected)
     assert [len(rows.targets) for rows in seen] == [10, 10, 3]
-    assert all(rows.ids is rows.student is rows.teacher is rows.has_teacher is None for rows in seen)
+    assert all(rows.given == {} for rows in seen)
 
 
 def test_log_z_is_that_of_all_logits():
@@ -124,13 +122,152 @@ def test_log_z_is_that_of_all_logits():
     seen = []
 
     def look(rows):
-        seen.append((rows.log_z, rows.logits.logsumexp(-1), rows.student.logsumexp(-1)))
+        seen.append((rows.log_z, rows.logits.logsumexp(-1), rows.student(KEY).logsumexp(-1)))
         return rows.log_z
 
     head_losses(hidden, Head(weight, bias), {"z": look}, chunk=6, **inputs)
     for log_z, expected, one in seen:
         torch.testing.assert_close(log_z, expected)
         torch.testing.assert_close(one, torch.zeros_like(one), atol=1e-5, rtol=0)
+
+
+def test_a_readings_cells_are_computed_once(monkeypatch):
+    """However many losses look at them, and log_z comes with them."""
+    hidden, weight, bias, inputs = example()
+    calls = []
+
+    def counted(logits, ids, used=None):
+        calls.append(len(logits))
+        return student_cells(logits, ids, used)
+
+    monkeypatch.setattr("kd_kit.head.student_cells", counted)
+    losses = row_losses() | {"z": lambda rows: rows.log_z}
+    with torch.no_grad():
+        head_losses(hidden, Head(weight, bias), losses, chunk=10, **inputs)
+        assert calls == [10, 10, 3]
+        calls.clear()
+        head_losses(hidden, Head(weight, bias), {"z": losses["z"]}, chunk=10, **inputs)
+        assert calls == [10, 10, 3], "the pass that a loss will ask for"
+        calls.clear()
+        two = {**inputs["given"], "other": inputs["given"][KEY]}
+        head_losses(hidden, Head(weight, bias), losses, chunk=10, targets=inputs["targets"], given=two)
+        assert calls == [10, 10, 3], "a reading that nobody asks for costs nothing"
+
+
+def drawn(n=N, v=V, k=40):
+    """Cells as sampling makes them: more of them than tokens, so that some come twice."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, v, (n, k), generator=generator)
+    cells = torch.randn(n, k + 1, generator=generator).log_softmax(-1)
+    return Given(torch.ones(n, dtype=torch.bool), ids, cells, plain=False)
+
+
+@pytest.mark.parametrize("order", [["drawn"], ["drawn", KEY], [KEY, "drawn"], ["ranks"], ["row_states"]])
+def test_only_plain_cells_give_log_z(monkeypatch, order):
+    """Of tokens that came twice, of ranks and of states there is no sum over the vocabulary."""
+    hidden, weight, bias, inputs = example()
+    there = torch.ones(N, dtype=torch.bool)
+    made = {
+        KEY: inputs["given"][KEY],
+        "drawn": drawn(),
+        "ranks": Given(there, None, drawn().cells, plain=False),
+        "row_states": Given(there, states=torch.ones(N, 3)),
+    }
+    found = []
+
+    def look(rows):
+        torch.testing.assert_close(rows.log_z, rows.logits.logsumexp(-1))
+        found.append(rows.log_z is not None)
+        return rows.log_z
+
+    def counted(logits, ids, used=None):
+        assert ids.shape[1] == K, "drawn cells are not a sum over the vocabulary"
+        return student_cells(logits, ids, used)
+
+    monkeypatch.setattr("kd_kit.head.student_cells", counted)
+    given = {name: made[name] for name in order}
+    values = head_losses(hidden, Head(weight, bias), {"z": look}, targets=inputs["targets"], given=given, chunk=9)["z"]
+    assert len(found) == 3
+    torch.testing.assert_close(values, (hidden @ weight.T + bias).logsumexp(-1))
+
+
+def test_where_no_teacher_is_the_student_stands_in_for_it():
+    hidden, weight, bias, inputs = example()
+    given = inputs["given"][KEY]
+    spoilt = Given(given.there, given.ids, torch.where(given.there[:, None], given.cells, torch.nan))
+    seen = []
+
+    def look(rows):
+        seen.append((rows.student(KEY).detach(), rows.teacher(KEY), rows.given[KEY]))
+        return forward_kl(rows.student(KEY), rows.teacher(KEY))
+
+    with torch.no_grad():
+        head_losses(hidden, Head(weight, bias), {"kd": look}, targets=inputs["targets"], given={KEY: given}, chunk=100)
+    ((ours, theirs, there),) = seen
+    assert torch.equal(there.there, given.there)
+    assert torch.equal(theirs[given.there], given.cells[given.there])
+    assert torch.equal(theirs[~given.there], ours[~given.there])
+    assert 0 < int(given.there.sum()) < N
+    value = head_losses(
+        hidden, Head(weight, bias), {"kd": look}, targets=inputs["targets"], given={KEY: spoilt}, chunk=7
+    )["kd"]
+    assert value[~given.there].abs().max() < 1e-6
+    assert value[given.there].min() > 1e-3
+    gradients = torch.autograd.grad(value.sum(), (hidden, weight, bias))
+    assert all(g.isfinite().all() for g in gradients), "what stands in a row without a teacher reaches nothing"
+    assert gradients[0][~given.there].abs().max() < 1e-6
+
+
+def test_readings_of_several_sizes_and_states_come_chunk_by_chunk():
+    hidden, weight, bias, inputs = example()
+    *_, wide = example(k=2 * K, seed=7)
+    states = torch.randn(N, 3)
+    given = {
+        KEY: inputs["given"][KEY],
+        "wide": wide["given"][KEY],
+        "row_states": Given(inputs["given"][KEY].there, states=states),
+    }
+    losses = {
+        "small": lambda rows: forward_kl(rows.student(KEY), rows.teacher(KEY)),
+        "wide": lambda rows: forward_kl(rows.student("wide"), rows.teacher("wide")),
+        "state": lambda rows: rows.given["row_states"].states.sum(-1) * rows.given["row_states"].there,
+    }
+    head = Head(weight, bias)
+    values = head_losses(hidden, head, losses, targets=inputs["targets"], given=given, chunk=6)
+    for name, key in (("small", KEY), ("wide", "wide")):
+        alone = head_losses(
+            hidden, head, {name: losses[name]}, targets=inputs["targets"], given={key: given[key]}, chunk=100
+        )
+        torch.testing.assert_close(values[name], alone[name])
+    torch.testing.assert_close(values["state"], states.sum(-1) * given["row_states"].there)
+
+
+def test_a_loss_may_put_something_else_through_the_head():
+    """The head that a loss sees is the student's own, gradient and all, also where chunks are recomputed."""
+    hidden, weight, bias, inputs = example(bias=True)
+    states = torch.randn(N, D)
+    given = {"row_states": Given(torch.ones(N, dtype=torch.bool), states=states)}
+
+    def other(rows):
+        return rows.head.logits(rows.given["row_states"].states).square().sum(-1)
+
+    head = Head(weight, bias, 0.5, 3.0)
+    value = head_losses(hidden, head, {"other": other}, targets=inputs["targets"], given=given, chunk=5)["other"]
+    expected = head.logits(states).square().sum(-1)
+    torch.testing.assert_close(value, expected)
+    ours, theirs = (torch.autograd.grad(v.sum(), (weight, bias)) for v in (value, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_of_what_is_given_keep_their_kind():
+    given = drawn()
+    part = given[slice(3, 7)]
+    assert (len(part.there), part.plain, part.states) == (4, False, None)
+    assert torch.equal(part.cells, given.cells[3:7])
+    assert torch.equal(part.ids, given.ids[3:7])
+    moved = given.to("meta")
+    assert (moved.cells.device.type, moved.plain) == ("meta", False)
 
 
 def test_without_gradient_nothing_is_kept():
@@ -145,8 +282,8 @@ def test_without_gradient_nothing_is_kept():
 @pytest.mark.parametrize("cells", [False, True])
 def test_no_rows(cells):
     hidden, weight, bias, inputs = example()
-    inputs = {name: tensor[:0] for name, tensor in inputs.items() if cells or name == "targets"}
-    values = head_losses(hidden[:0], Head(weight, bias), row_losses(), **inputs)
+    given = {KEY: inputs["given"][KEY][:0]} if cells else None
+    values = head_losses(hidden[:0], Head(weight, bias), row_losses(), targets=inputs["targets"][:0], given=given)
     assert list(values) == list(row_losses())
     assert all((v.shape, v.dtype) == ((0,), torch.float32) for v in values.values())
 

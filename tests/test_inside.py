@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import cells_of, live
 
 from kd_kit import build_data, build_teacher, build_tokenizers, offline
 from kd_kit.align import align
-from kd_kit.data import WindowSet
+from kd_kit.data import WindowSet, _identical_tokens, _white_space_runs
 from kd_kit.inside import InsideBridge
-from kd_kit.teacher import LiveTeacher
 from kd_kit.vocab import Bridge, Vocabulary
 
 
@@ -127,12 +127,12 @@ def test_a_batch_names_what_was_read_at_every_taught_position(data, pair):
 def test_the_teacher_inside_its_tokens_knows_the_text_better_than_chance(data, pair):
     """End to end, and the sharpest test of an off-by-one: the rest of a word is easier than its beginning."""
     batch = data.train.collate(range(8))
-    signal = LiveTeacher(build_teacher(), pair.bridge, top_k=64).signal(batch)
+    cells = cells_of(live(build_teacher(), pair.bridge, 64).signal(batch))
     inside = batch.prefix[:, 0] > 0
     targets = batch.targets.flatten()[batch.taught_rows]
-    right = (signal.ids[:, 0] == targets).float()
+    right = (cells.ids[:, 0] == targets).float()
     assert right[inside].mean() > 0.35
-    mass = signal.log_probs.exp().sum(-1) + signal.tail.exp()
+    mass = cells.log_probs.exp().sum(-1) + cells.tail.exp()
     assert torch.allclose(mass, torch.ones_like(mass), atol=1e-4)
 
 
@@ -151,8 +151,11 @@ def prefixes_of_a_first_token(student_token: bytes, teacher_token: bytes) -> lis
     teacher = vocabulary(b"<s>", teacher_token, special=(0,))
     student = vocabulary(b"<s>", student_token, special=(0,))
     pair = SimpleNamespace(teacher_vocab=teacher, student_vocab=student, bridge=InsideBridge(teacher, student))
+    windows = SimpleNamespace(
+        pair=pair, _identical=_identical_tokens(pair), _runs=[_white_space_runs(v) for v in (student, teacher)]
+    )
     ids, ends = np.array([0, 1]), np.array([0, 3])
-    found = WindowSet._prefixes(SimpleNamespace(pair=pair), ids, ends, ids, ends, align(ends, ends), np.array([True]))
+    found = WindowSet._prefixes(windows, ids, ends, ids, ends, align(ends, ends), np.array([True]))
     return found[0].tolist()
 
 

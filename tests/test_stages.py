@@ -58,6 +58,12 @@ def test_half_way_every_enabled_term_has_half_of_its_factor_or_is_named(line):
             schedule.check(weights)
 
 
+def test_a_line_that_falls_to_0_never_goes_below():
+    """(23 - 0) * 0.378 / 0.378 rounds to more than 23."""
+    schedule = piecewise(lm=[(0.0, 0.0), (0.622, 23.0), (1.0, 0.0)])
+    assert schedule.shares({"lm": 1.0, "kd": 1.0}, 1.0) == {"lm": 0.0, "kd": 1.0}
+
+
 def test_the_curriculum_that_never_taught_is_refused():
     """6.7% of the full weight at half time, as an earlier run had for 12,500 steps."""
     slow = piecewise(kd=[(0, 0), (0.5, 0.067), (1, 1)])

@@ -7,12 +7,16 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import time
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from conftest import cells_of, untaught
 from helpers import (
+    Part,
     assert_same_run,
     assert_same_tensors,
     make_trainer,
@@ -26,12 +30,30 @@ from helpers import (
     tiny_student,
     weights_of,
 )
+from safetensors.torch import load_file
 from torch import nn
 
-from kd_kit import Callback, LearningRate, agreement, audit, build_data, evaluate, kd_term, lm_term, piecewise, score
+from kd_kit import (
+    Callback,
+    LearningRate,
+    agreement,
+    audit,
+    build_data,
+    build_student,
+    contrastive_term,
+    evaluate,
+    export,
+    feature_term,
+    kd_term,
+    lm_term,
+    piecewise,
+    router_term,
+    score,
+)
 from kd_kit.checkpoint import CheckpointError, find_checkpoint, inspect_checkpoint
 from kd_kit.history import History, verdict
 from kd_kit.module import DistillModule
+from kd_kit.readings import BridgeReading, Needs
 from kd_kit.session import Session, process_age
 from kd_kit.terms import LossTerm
 from kd_kit.trainer_builder import build_trainer
@@ -294,7 +316,8 @@ def test_every_term_is_divided_by_its_count_in_the_whole_step(tmp_path, monkeypa
     data, terms = uneven_data(2), all_terms()
     trainer = make_trainer(tmp_path / "run", data=data, accumulation=3, max_grad_norm=1e9, terms=terms)
     found = gradients_of(trainer, monkeypatch)
-    module = DistillModule(tiny_student(), all_terms())
+    *others, _ = trainer.terms
+    module = DistillModule(tiny_student(), [*others, part_term(0.1)])
     module.parts["part"].load_state_dict(terms[2].value.state_dict())
     batches = list(data.batches(0, range(3)))
     signals = [trainer.teacher.signal(b) for b in batches]
@@ -386,7 +409,7 @@ def test_the_first_record_is_the_student_before_any_step(tmp_path):
     batch = next(small_data().batches(0, [0]))
     module = DistillModule(tiny_student(), trainer.terms)
     with torch.no_grad():
-        _, sums = module(batch, trainer.teacher.signal(batch), torch.ones(2))
+        _, sums, _ = module(batch, trainer.teacher.signal(batch), torch.ones(2))
     trainer.fit()
     record = trainer.history.last("train")
     for term, total in zip(trainer.terms, sums.tolist(), strict=True):
@@ -465,9 +488,7 @@ def test_a_batch_without_one_taught_position_teaches_by_the_text_alone(tmp_path,
         batch = collate(self, indices)
         if self is not data.train:
             return batch
-        changed = {name: torch.zeros_like(batch.aligned) for name in ("aligned", "taught")}
-        changed |= {name: getattr(batch, name)[:0] for name in ("aligned_rows", "taught_rows", "prefix")}
-        return type(batch)(**{n: changed.get(n, getattr(batch, n)) for n in batch.__dataclass_fields__})
+        return untaught(batch)
 
     monkeypatch.setattr(type(data.train), "collate", nowhere)
     trainer = make_trainer(tmp_path / "run", data=data, steps=2)
@@ -499,7 +520,7 @@ class FromTeacher(nn.Module):
         self.projector = nn.Linear(8, 32)
 
     def forward(self, output, signal, batch):
-        wanted = self.projector(signal.log_probs.clamp(min=-20))
+        wanted = self.projector(cells_of(signal).log_probs.clamp(min=-20))
         error = (output.hidden.flatten(0, 1)[batch.taught_rows].float() - wanted.float()) ** 2
         return LossValue(error.mean(-1).sum(), torch.tensor(float(len(wanted))))
 
@@ -509,9 +530,9 @@ class FromTeacher(nn.Module):
 def test_a_half_precision_teacher_and_float32_parts_work_everywhere(tmp_path, precision, dtype):
     half = teacher(dtype)
     assert next(half.parameters()).dtype == dtype
-    projected = LossTerm(
-        name="projected", weight=0.1, unit="", healthy=(0, 1), value=FromTeacher(), over="taught", top_k=8
-    )
+    own = {"name": "projected", "weight": 0.1, "unit": "", "healthy": (0, 1)}
+    needs = Needs((BridgeReading("bridge", pair().bridge, 8),))
+    projected = LossTerm(**own, value=FromTeacher(), over="taught", needs=needs)
     terms = [lm_term(0.2), kd_term(0.7, top_k=8), projected]
     trainer = make_trainer(
         tmp_path / "run", session=session_at(tmp_path / "run", precision=precision), model=half, terms=terms, steps=3
@@ -832,7 +853,9 @@ def test_a_teacher_that_is_not_finite_is_an_alarm_and_ends_the_run(tmp_path, mon
 
     def broken(batch):
         signal = right(batch)
-        return dataclasses.replace(signal, log_probs=signal.log_probs * math.nan, tail=signal.tail * math.nan)
+        ((key, cells),) = signal.cells.items()
+        spoilt = dataclasses.replace(cells, log_probs=cells.log_probs * math.nan, tail=cells.tail * math.nan)
+        return dataclasses.replace(signal, cells={key: spoilt})
 
     monkeypatch.setattr(trainer.teacher, "signal", broken)
     before = weights_of(trainer)
@@ -855,3 +878,386 @@ def test_a_control_that_was_interrupted_is_no_control(tmp_path, monkeypatch, cap
     assert "LM-only control" not in report.rows
     assert "stopped at step 3 of 4" in capsys.readouterr().out, "it went on where it had stopped, for a step"
     assert "LM-only control" in evaluate(trainer, control=True, limit=2).rows
+
+
+# --- parts of terms: settled, saved, resumed, left out of the export -------------------------------------------------
+
+
+def knowing_terms(experts: int | None = 3) -> list[LossTerm]:
+    """Terms of every kind that has something of its own to train."""
+    return [
+        lm_term(0.2),
+        kd_term(0.4, top_k=8),
+        kd_term(0.1, method="projector", name="projected"),
+        feature_term(0.1, experts=experts, active=2),
+        router_term(0.1),
+        contrastive_term(0.1),
+    ]
+
+
+def knowing(folder, *, seed: int = 0, **arguments):
+    """A trainer of these terms as a new session makes it; another ``seed`` is another student."""
+    settings = {"steps": 6, "eval_every": 2, "terms": knowing_terms(), "data": small_data(batch_size=4)}
+    return make_trainer(folder, student=dropout_student(seed), **(settings | arguments))
+
+
+PARTS = {"projected", "feature", "router", "contrastive"}
+
+
+@pytest.mark.parametrize("stops", [(1,), (2, 5)])
+def test_with_parts_resumed_is_uninterrupted_bit_for_bit(tmp_path, stops):
+    torch.manual_seed(5)
+    whole = knowing(tmp_path / "whole")
+    assert whole.fit() == "finished"
+    assert set(whole.module.parts) == PARTS
+    for record in whole.history.records:
+        assert all(t["count"] > 0 for t in record.get("terms", {}).values() if "count" in t), "every term teaches"
+
+    torch.manual_seed(5)
+    trainer = knowing(tmp_path / "parts")
+    for number, stop in enumerate(stops):
+        trainer.fit(steps=stop - trainer.step)
+        torch.manual_seed(1000 + number)
+        trainer = knowing(tmp_path / "parts", seed=number + 1)
+        trainer.resume()
+        for part in trainer.module.parts.values():
+            part.observe = lambda *_: pytest.fail("what has settled looks at nothing again")
+    trainer.fit()
+    assert_same_run(whole, trainer)
+    assert_same_tensors(whole.module.parts.state_dict(), trainer.module.parts.state_dict())
+    changed = [n for n, t in whole.module.parts.state_dict().items() if not torch.equal(t, whole._parts_start[n])]
+    assert any("map" in name for name in changed)
+
+
+def test_with_parts_a_run_goes_on_from_its_last_save_after_an_error(tmp_path):
+    """In the same process, where parts and optimizer have a step behind them that the checkpoint has not."""
+    torch.manual_seed(5)
+    whole = knowing(tmp_path / "whole", eval_every=1)
+    whole.fit()
+    torch.manual_seed(5)
+    trainer = knowing(tmp_path / "broken", eval_every=1)
+    for saved, killed in ((0, 2), (3, 5)):
+        trainer.callbacks = [Kill(killed)]
+        with pytest.raises(Killed):
+            trainer.fit()
+        assert trainer.step == 0
+        trainer.callbacks = []
+        if not saved:
+            torch.manual_seed(5)  # dropout starts again with the run, and nothing was saved that knows its state
+            trainer.fit(steps=3)
+    trainer.fit()
+    assert_same_run(whole, trainer)
+    assert_same_tensors(whole.module.parts.state_dict(), trainer.module.parts.state_dict())
+
+
+class AtStart(Callback):
+    """Runs something after settling and before the first step."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def on_start(self, trainer):
+        self.do(trainer)
+
+
+def test_parts_are_ready_before_the_first_step_and_know_the_first_batches(tmp_path):
+    seen = {}
+
+    def look(trainer):
+        seen["step"] = trainer.step
+        seen["ready"] = {n: bool(p.ready) for n, p in trainer.module.parts.items() if hasattr(p, "ready")}
+        seen["state"] = {n: t.clone() for n, t in trainer.module.parts.state_dict().items()}
+        seen["training"] = trainer.module.training
+
+    data = build_data(pages(6, 3000), pair(), held_out=[pages()[0]], window=32, batch_size=4)
+    assert data.batches_per_epoch > 16
+    trainer = knowing(tmp_path / "run", data=data, seed=0)
+    assert not any(bool(p.ready) for p in trainer.module.parts.values() if hasattr(p, "ready"))
+    trainer.callbacks = [AtStart(look)]
+    trainer.fit(steps=2)
+    assert seen["step"] == 0
+    assert seen["training"]
+    assert seen["ready"] == dict.fromkeys(PARTS - {"projected"}, True)
+
+    student, ours, theirs = dropout_student(0).eval(), [], []
+    for batch in data.batches(trainer.settings["seed"], range(16)):
+        for model, ids, column, found in (
+            (student, batch.student_ids, 0, ours),
+            (teacher(), batch.teacher_ids, 1, theirs),
+        ):
+            with torch.no_grad():
+                states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1].flatten(0, 1)
+            found.append(states[batch.span_rows[:, column]])
+    for name, states in (("student", torch.cat(ours)), ("teacher", torch.cat(theirs))):
+        for prefix in ("feature.maps.0.shared", "contrastive.map"):
+            mean, deviation = (seen["state"][f"{prefix}.{name}.{what}"] for what in ("mean", "deviation"))
+            torch.testing.assert_close(mean, states.mean(0), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(deviation, states.std(0, correction=0), atol=1e-4, rtol=1e-3)
+
+    # statistics are frozen from then on, and saved with the run
+    saved = load_file(next((tmp_path / "run" / "ckpt").glob("step-00000002")) / "aux.safetensors")
+    assert_same_tensors(saved, dict(trainer.module.parts.state_dict()))
+    for name, tensor in seen["state"].items():
+        if name.endswith(("mean", "deviation", "ready")):
+            assert torch.equal(saved[name], tensor), name
+    assert any(not torch.equal(saved[n], t) for n, t in seen["state"].items()), "the maps have learned"
+
+
+def test_a_session_that_ended_while_parts_were_settling_settles_anew(tmp_path, monkeypatch):
+    torch.manual_seed(5)
+    whole = knowing(tmp_path / "whole")
+    whole.fit()
+    torch.manual_seed(5)
+    trainer = knowing(tmp_path / "broken")
+    calls, signal = itertools.count(), type(trainer.teacher).signal
+    with monkeypatch.context() as patch:
+
+        def broken(self, batch):
+            if next(calls) == 3:
+                raise Killed
+            return signal(self, batch)
+
+        patch.setattr(type(trainer.teacher), "signal", broken)
+        with pytest.raises(Killed):
+            trainer.fit()
+    trainer.fit()
+    assert_same_run(whole, trainer)
+
+
+def test_the_export_has_none_of_the_parts(tmp_path):
+    trainer = knowing(tmp_path / "run", steps=2)
+    trainer.fit()
+    folder = export(trainer.student, tmp_path / "export", pair())
+    names = {name for path in folder.glob("*.safetensors") for name in load_file(path)}
+    assert names
+    assert names <= set(trainer.student.state_dict())
+    assert not any(part in name for name in names for part in PARTS)
+    assert_same_tensors(dict(build_student(folder).state_dict()), dict(trainer.student.state_dict()))
+    kept = load_file(tmp_path / "run" / "ckpt" / "step-00000002" / "model.safetensors")
+    assert not any(part in name for name in kept for part in PARTS)
+    assert {
+        name.split(".")[0] for name in load_file(tmp_path / "run" / "ckpt" / "step-00000002" / "aux.safetensors")
+    } == PARTS
+
+
+def test_a_new_run_with_the_same_terms_starts_with_parts_of_its_own(tmp_path):
+    terms = knowing_terms()
+    one = knowing(tmp_path / "one", terms=terms, steps=2)
+    one.fit()
+    other = knowing(tmp_path / "other", terms=terms, steps=2)
+    for name, tensor in other.module.parts.state_dict().items():
+        assert torch.equal(tensor, one._parts_start[name]), name
+    ours, theirs = ({id(p) for p in t.module.parts.parameters()} for t in (one, other))
+    assert not ours & theirs
+
+
+def test_extras_are_in_the_record_as_means(tmp_path):
+    trainer = knowing(
+        tmp_path / "run", terms=knowing_terms(experts=4), steps=3, accumulation=2, data=small_data(batch_size=4)
+    )
+    trainer.fit()
+    for record in (r for r in trainer.history.records if r["kind"] == "train"):
+        assert "extras" not in record
+        extras = {name: t.get("extras") for name, t in record["terms"].items()}
+        assert extras["lm"] is extras["kd"] is extras["contrastive"] is None
+        assert {name: set(extras[name]) for name in ("feature", "router")} == {
+            "feature": {"by_layer", "balance", "load"},
+            "router": {"by_layer", "teacher_load"},
+        }
+        for name in ("feature", "router"):
+            layers = extras[name]["by_layer"]
+            assert sum(layers) / len(layers) == pytest.approx(record["terms"][name]["value"], rel=1e-4)
+        ((*load,),) = extras["feature"]["load"]
+        assert len(load) == 4
+        assert sum(load) == pytest.approx(1, abs=1e-5)
+        assert 0.9 < extras["feature"]["balance"][0] < 2.1, "1 is even, X / k on the same"
+        assert all(sum(layer) == pytest.approx(1, abs=1e-5) for layer in extras["router"]["teacher_load"])
+        assert all(len(layer) == 8 for layer in extras["router"]["teacher_load"])
+    assert History.load(tmp_path / "run" / "metrics.jsonl").records == trainer.history.records
+
+
+def test_parts_learn_at_rates_of_their_own_kind(tmp_path):
+    trainer = knowing(tmp_path / "run", terms=[*knowing_terms(), part_term(0.1)], steps=2)
+    trainer.fit()
+    record = trainer.history.last("train")
+    assert list(record["lr"]) == ["student", "parts", "projectors", "routers"]
+    assert all(record["lr"][name] == pytest.approx(5 * record["lr"]["student"]) for name in list(record["lr"])[1:])
+    groups = {g["name"]: {id(p) for p in g["params"]} for g in trainer.optimizer.param_groups if g["name"] != "student"}
+    kinds = {
+        "part": "parts",
+        "projected": "projectors",
+        "feature": "projectors",
+        "contrastive": "projectors",
+        "router": "routers",
+    }
+    for name, kind in kinds.items():
+        assert {id(p) for p in trainer.module.parts[name].parameters()} <= groups[kind], name
+    assert sum(map(len, groups.values())) == len(list(trainer.module.parts.parameters()))
+    assert all(g["weight_decay"] == 0 for g in trainer.optimizer.param_groups if g["name"] != "student")
+    without = make_trainer(tmp_path / "plain", steps=1)
+    assert {g["name"] for g in without.optimizer.param_groups} == {"student"}
+
+
+def test_the_students_gradient_and_the_parts_are_clipped_each_on_its_own(tmp_path, monkeypatch):
+    """A part that starts far off would otherwise stop the student, and the other way round."""
+    found = {}
+    for name, size in (("loud", 1e4), ("quiet", 1e-2)):
+        loud = LossTerm(name="part", weight=0.1 * size, unit="", healthy=(0, 1), value=Part())
+        # weights are shares: as much for the others
+        terms = [lm_term(0.5), loud]
+        trainer = make_trainer(tmp_path / name, terms=terms, max_grad_norm=0.01)
+        gradients = gradients_of(trainer, monkeypatch)
+        norms = {
+            side: math.sqrt(sum(float((g.double() ** 2).sum()) for n, g in gradients.items() if n.startswith(side)))
+            for side in ("student", "parts")
+        }
+        found[name] = norms, trainer.history.last("train")["grad_norm"]
+    for norms, before in found.values():
+        assert norms["student"] == pytest.approx(0.01, rel=1e-3)
+        assert norms["parts"] <= 0.01 * (1 + 1e-3)
+        assert before > 0.02
+    assert found["loud"][0]["parts"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_norm_in_the_record_is_the_students_alone(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "run", terms=all_terms(), max_grad_norm=1e9)
+    gradients = gradients_of(trainer, monkeypatch)
+    ours = math.sqrt(sum(float((g.double() ** 2).sum()) for n, g in gradients.items() if n.startswith("student")))
+    theirs = math.sqrt(sum(float((g.double() ** 2).sum()) for n, g in gradients.items() if n.startswith("parts")))
+    assert theirs > 0.01 * ours
+    assert trainer.history.last("train")["grad_norm"] == pytest.approx(ours, rel=1e-5)
+
+
+def test_a_part_whose_gradient_is_not_finite_is_skipped_with_the_student(tmp_path):
+    class Wild(Part):
+        def forward(self, output, signal, batch):
+            found = super().forward(output, signal, batch)
+            self.calls = getattr(self, "calls", 0) + 1
+            spoilt = self.guess.weight.sum() * (math.inf if self.calls == 3 else 0.0)
+            return LossValue(found.sum + spoilt, found.count)
+
+    wild = LossTerm(name="part", weight=0.1, unit="", healthy=(0, 1), value=Wild())
+    trainer = make_trainer(tmp_path / "run", terms=[lm_term(0.9), wild])
+    trainer.fit(steps=2)
+    before = weights_of(trainer)
+    trainer.fit(steps=1)
+    assert trainer.skipped_steps == 1
+    assert_same_tensors(before, weights_of(trainer))
+    assert not math.isfinite(trainer.history.last("train")["grad_norm"])
+    trainer.fit()
+    assert trainer.skipped_steps == 1
+    assert all(t.isfinite().all() for t in weights_of(trainer).values())
+
+
+def with_scaler(trainer, monkeypatch, scale: float = 2.0**12):
+    """The trainer of a card without bfloat16: its gradients are scaled. Here on the CPU, where nothing overflows."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    accelerator = trainer.accelerator
+    monkeypatch.setattr(type(accelerator), "mixed_precision", property(lambda self: "fp16"))
+    accelerator.native_amp, accelerator.scaler = True, scaler
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    accelerator._optimizers = [trainer.optimizer]
+    return trainer
+
+
+@pytest.mark.parametrize("terms", [all_terms, lambda: [lm_term(0.2), kd_term(0.7, top_k=8)]])
+def test_with_a_gradient_scaler_parts_and_student_learn_the_same(tmp_path, monkeypatch, terms):
+    """A scaler may be asked to unscale once per step, however many gradients are clipped."""
+    plain = make_trainer(tmp_path / "plain", terms=terms(), steps=4)
+    plain.fit()
+    with monkeypatch.context() as patch:
+        scaled = with_scaler(make_trainer(tmp_path / "scaled", terms=terms(), steps=4), patch)
+        assert scaled.fit() == "finished"
+        assert scaled.accelerator.scaler.get_scale() == 2.0**12
+    assert scaled.skipped_steps == 0
+    for (name, ours), theirs in zip(weights_of(scaled).items(), weights_of(plain).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    norms = [[r["grad_norm"] for r in t.history.records if r["kind"] == "train"] for t in (scaled, plain)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+# --- alarms ----------------------------------------------------------------------------------------------------------
+
+
+def alarms_of(trainer) -> list[str]:
+    return [e["text"] for e in trainer.history.events if e["what"] == "alarm"]
+
+
+def test_a_term_that_never_has_anything_to_look_at_is_an_alarm_once(tmp_path):
+    """Contrast wants spans of other documents, and here there is one."""
+    data = build_data(pages(1, 4000), pair(), held_out=[pages()[0]], window=32, batch_size=4)
+    terms = [lm_term(0.5), contrastive_term(0.5), kd_term(0.0, top_k=8)]
+    trainer = make_trainer(tmp_path / "run", data=data, terms=terms, steps=23, eval_every=23)
+    trainer.fit()
+    (text,) = alarms_of(trainer)
+    wanted = "a batch needs 32 scored spans from at least two documents; raise batch_size"
+    assert text == f"contrastive had nothing to look at: {wanted}"
+    records = [r for r in trainer.history.records if r["kind"] == "train"]
+    assert all(r["terms"]["contrastive"]["value"] is None for r in records)
+    assert all(r["terms"]["contrastive"]["count"] == 0 for r in records)
+    assert all(r["total"] == pytest.approx(0.5 * r["terms"]["lm"]["value"]) for r in records)
+    assert trainer.skipped_steps == 0
+    assert alarms_of(knowing(tmp_path / "other", steps=2)) == []
+
+
+def test_a_term_that_sometimes_has_something_to_look_at_is_no_alarm(tmp_path):
+    calls = itertools.count()
+    own = LossTerm(
+        name="rare",
+        weight=0.1,
+        unit="",
+        healthy=(0, 1),
+        value=lambda output, signal, batch: LossValue(output.hidden.sum() * 0, torch.tensor(1.0)),
+        over=lambda batch: int(next(calls) % 5 == 4),
+    )
+    trainer = make_trainer(tmp_path / "run", terms=[lm_term(0.9), own], steps=20, eval_every=20)
+    trainer.fit()
+    assert alarms_of(trainer) == []
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_a_knowledge_router_that_collapsed_is_an_alarm_once(tmp_path, collapsed):
+    """Two of four maps are always the second choice: they learn nothing."""
+
+    def flatten(trainer):
+        (gate,) = (m.gate.weight.data for m in trainer.module.parts["feature"].maps)
+        if collapsed:
+            gate[1:] = torch.tensor([-1.0, 0.5, -0.5]).unsqueeze(-1) * gate[0]
+
+    terms = [lm_term(0.5), feature_term(0.5, experts=4, active=1)]
+    data = small_data(batch_size=4)
+    trainer = make_trainer(tmp_path / "run", data=data, terms=terms, steps=25, eval_every=25, learning_rate=1e-9)
+    trainer.callbacks = [AtStart(flatten)]
+    trainer.fit()
+    found = alarms_of(trainer)
+    loads = [r["terms"]["feature"]["extras"]["load"][0] for r in trainer.history.records if r["kind"] == "train"]
+    if collapsed:
+        (text,) = found
+        assert text.startswith(
+            "feature: the knowledge router of its pair 1 has collapsed or lost an expert; raise balance="
+        )
+        assert re.search(r"\(shares \d+%, \d+%, 0%, 0%\)$", text)
+        assert all(load[2:] == [0, 0] and min(load[:2]) > 0.2 for load in loads)
+    else:
+        assert all(min(load) > 0.05 for load in loads)
+        assert found == []
+
+
+# --- more experts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_pass_with_more_experts_is_another_teacher(tmp_path):
+    terms = [lm_term(0.3), kd_term(0.7, top_k=8)]
+    plain = make_trainer(tmp_path / "plain", terms=terms, steps=2)
+    more = make_trainer(tmp_path / "more", terms=terms, steps=2, more_experts=6)
+    plain.fit()
+    more.fit()
+    first = [t.history.series("kd")[1][0] for t in (plain, more)]
+    assert first[0] != pytest.approx(first[1], rel=1e-3)
+    assert plain.history.references() == more.history.references(), "what is compared with is the teacher as it is"
+    assert {m.top_k for m in teacher().modules() if hasattr(m, "top_k")} == {2}
+    with pytest.raises(ValueError, match=r"got another one: the teacher changed"):
+        make_trainer(tmp_path / "more", terms=terms, steps=2)
+    again = make_trainer(tmp_path / "more", terms=terms, steps=2, more_experts=6)
+    again.resume()
+    assert again.step == 2

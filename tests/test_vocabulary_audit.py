@@ -73,12 +73,39 @@ def test_shares_are_those_of_a_naive_loop(one_window):
     assert list(found.kept_mass.values()) == sorted(found.kept_mass.values())
     assert found.padded_rows == teacher().config.vocab_size - pair().teacher_vocab.size == 29
     assert found.shared_tokens == pair().bridge.shared
+    identical = [home == token for home, token in zip(_homes(), pair().teacher_vocab.tokens, strict=True)]
+    assert found.shared_mass == pytest.approx(float(probs[:, identical].sum(-1).mean()), abs=1e-5)
+    assert 0.5 < found.shared_mass < found.homed_mass
     assert found.homeless_tokens == int((pair().bridge.table == pair().bridge.student_size).sum())
+
+
+def _homes() -> list[bytes]:
+    student = pair().student_vocab
+    return [student.tokens[v] if v < student.size else b"" for v in pair().bridge.table.tolist()]
+
+
+def test_specials_without_a_home_are_counted():
+    found = audit(pair(), small_data())
+    vocab, bridge = pair().teacher_vocab, pair().bridge
+    homeless = [t for t in vocab.special if int(bridge.table[t]) == bridge.student_size]
+    assert 0 < found.homeless_specials == len(homeless) < found.homeless_tokens
+    assert found.kinship == "different"
+
+
+def test_white_space_that_both_cut_differently_is_counted():
+    code = "def f(x):\n" + "".join(
+        f"{' ' * n}if x > {n}:\n{' ' * (n + 3)}return {n}\n\n\n" for n in (3, 5, 7, 9, 12, 17)
+    )
+    data = build_data([code], pair(), held_out=[pages()[0]], window=256, batch_size=1)
+    found = audit(pair(), data)
+    assert found.whitespace > 0
+    assert found.whitespace * found.positions == pytest.approx(int(data.train.collate([0]).whitespace.sum()))
+    assert found.whitespace + found.taught <= 1
 
 
 def test_without_a_teacher_there_are_no_masses():
     found = audit(pair(), small_data())
-    assert found.padded_rows is found.homed_mass is found.kept_mass is None
+    assert found.padded_rows is found.shared_mass is found.homed_mass is found.kept_mass is None
     assert 0.5 < found.aligned < found.taught <= 1
     assert 0 < found.same_next <= found.bridged_next <= 1
 
@@ -87,7 +114,8 @@ def test_the_same_tokenizer_twice_is_the_identity():
     same = build_tokenizers(pair().teacher, pair().teacher)
     found = audit(same, build_data(pages(3), same, held_out=0.4, window=32))
     assert (found.aligned, found.same_next, found.bridged_next) == (1, 1, 1)
-    assert found.recommendation.startswith("kd_term(): both tokenizers cut this text alike")
+    assert (found.kinship, found.method, found.whitespace) == ("same", "same", 0)
+    assert found.recommendation.startswith('kd_term(method="same"): the ids of both tokenizers mean the same')
 
 
 def test_the_recommendation_gives_its_reason():
@@ -96,10 +124,17 @@ def test_the_recommendation_gives_its_reason():
     reach = found.aligned * found.bridged_next + (found.taught - found.aligned) * found.inside_next
     for figure in (f"{found.aligned:.0%}", f"{found.taught:.0%}", f"{reach:.0%}"):
         assert figure in found.recommendation
+    assert found.method == "bridge"
+    assert f'"strict") would be heard at {found.aligned * found.same_next:.0%}' in found.recommendation
     poor = dataclasses.replace(found, aligned=0.4, bridged_next=0.9, taught=0.5, inside_next=0.5)
-    assert "doubtful outlook" in poor.recommendation
-    for figure in ("40%", "50%", "41% of all positions"):
+    assert poor.method == "projector"
+    for figure in ("40% of the positions", "at only 41%", "learned map"):
         assert figure in poor.recommendation
+    strange = dataclasses.replace(found, aligned=0.1, bridged_next=0.9, taught=0.5, inside_next=0.5)
+    assert strange.method == "bridge"
+    assert "doubtful outlook" in strange.recommendation
+    for figure in ("10%", "50%", "29% of all positions"):
+        assert figure in strange.recommendation
 
 
 def test_data_of_another_pair_are_refused():
@@ -116,7 +151,9 @@ def test_it_prints_and_becomes_a_dict():
         assert f"{found.aligned:.1%}" in said
         assert "kd_term()" in said
     assert found.to_dict()["recommendation"] == found.recommendation
-    assert Audit(**{k: v for k, v in found.to_dict().items() if k != "recommendation"}) == found
+    assert found.to_dict()["method"] == "bridge"
+    words = ("recommendation", "method")
+    assert Audit(**{k: v for k, v in found.to_dict().items() if k not in words}) == found
 
 
 def test_a_half_precision_teacher_weighs_nearly_the_same():

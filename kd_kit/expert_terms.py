@@ -10,7 +10,7 @@ from kd_kit.projectors import Moments
 from kd_kit.ranges import RANGES
 from kd_kit.readings import Needs
 from kd_kit.reduce import masked_sum
-from kd_kit.routing import Routing, find_routing
+from kd_kit.routing import Routing, find_routing, of_layer
 from kd_kit.state_terms import LayerMap, Part, pairs_of, plain_layers, student_ends
 from kd_kit.terms import LossTerm, Setup, StudentOutput
 from kd_kit.types import DistillBatch, LossValue, TeacherSignal
@@ -61,9 +61,9 @@ class RouterPart(Part):
     def __init__(self, pairs: tuple[tuple[int, int], ...], student_width: int, routing: Routing):
         super().__init__()
         self.pairs = pairs
-        self.active = [_of_layer(routing.active, routing, theirs) for _, theirs in pairs]
+        self.active = [of_layer(routing.active, routing, theirs) for _, theirs in pairs]
         self.heads = nn.ModuleList(
-            RoutingHead(student_width, _of_layer(routing.experts, routing, theirs)) for _, theirs in pairs
+            RoutingHead(student_width, of_layer(routing.experts, routing, theirs)) for _, theirs in pairs
         )
 
     def observe(self, output, signal, batch) -> None:
@@ -83,11 +83,6 @@ class RouterPart(Part):
         if len({len(load) for load in loads}) == 1:
             extras["teacher_load"] = torch.stack(loads)
         return LossValue(found.sum, found.count, extras)
-
-
-def _of_layer(value: int | tuple[int, ...], routing: Routing, layer: int) -> int:
-    """The number of experts of one layer, where layers may differ."""
-    return value[routing.layers.index(layer)] if isinstance(value, tuple) else value
 
 
 def router_term(

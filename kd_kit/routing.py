@@ -50,6 +50,10 @@ FIXED = {
 """Families whose number of active experts cannot be changed, and why."""
 
 
+class NoExperts(ValueError):
+    """A dense model was asked about its experts."""
+
+
 def _scores_of(model: nn.Module, scores: str | None) -> str:
     config = model.config.get_text_config()
     family = config.model_type
@@ -182,7 +186,7 @@ def _routers(model: nn.Module) -> dict[int, _Router]:
         return found
     fields = {name: n for name, n in model.config.get_text_config().to_dict().items() if "expert" in str(name) and n}
     if not any(isinstance(n, int) and n > 1 and "per_tok" not in name for name, n in fields.items()):
-        raise ValueError(
+        raise NoExperts(
             f"find_routing: expected a mixture of experts, got {type(model).__name__}, which is dense: no config field "
             "counts experts and no layer has a router; leave the router term out"
         )
@@ -254,6 +258,11 @@ def find_routing(model: nn.Module, *, scores: str | None = None) -> Routing:
         scores=_scores_of(model, scores),
         source=f"routers {type(first.gate).__name__} ({inner}weight [{rows}, {width}]) in {type(first.block).__name__}",
     )
+
+
+def of_layer(value: int | tuple[int, ...], routing: Routing, layer: int) -> int:
+    """``routing.experts`` or ``routing.active`` of one layer, where layers may differ."""
+    return value[routing.layers.index(layer)] if isinstance(value, tuple) else value
 
 
 # ---- reading

@@ -32,7 +32,8 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     """
     config = model.config.get_text_config()
     body = body_of(model)
-    counts = (getattr(config, name, None) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+    # LongCat's num_hidden_layers counts the two attentions of each of its num_layers
+    counts = (getattr(config, name, None) for name in ("num_layers", "num_hidden_layers", "n_layer", "n_layers"))
     count = next((n for n in counts if n is not None), None)
     lists = {name: part for name, part in body.named_modules() if isinstance(part, nn.ModuleList)}
     fitting = [name for name, part in lists.items() if len(part) == count]

@@ -29,9 +29,10 @@ from kd_kit.run_config import check_run, run_config
 from kd_kit.run_lock import lock_run
 from kd_kit.session import Session, StopRequests, shown
 from kd_kit.stages import LearningRate, Schedule, constant
+from kd_kit.step_log import StepLog
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, flatten_optimizer, restore_rng, unflatten_optimizer
-from kd_kit.terms import LossTerm, lm_term
+from kd_kit.terms import ROWS, LossTerm, lm_term
 from kd_kit.types import DistillBatch
 
 RECORD_EVERY = 10
@@ -89,6 +90,7 @@ class Trainer:
 
         folder = session.folder
         self.history = History(folder / "metrics.jsonl")
+        self._log = StepLog(self.history, self.terms)
         config = run_config(self)
         found = check_run(folder, config)
         if found is None and getattr(student, _STEPPED, False):
@@ -114,8 +116,6 @@ class Trainer:
         self._best_step: int | None = None
         self._skipped_in_row = 0
         self._resumed = False
-        self._pending: list[tuple[dict, torch.Tensor]] = []
-        self._alarms: set[str] = set()
         self.accelerator = self.session.engine()
         self.module = DistillModule(self.student, self.terms).to(self.session.device)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), eps=1e-8)
@@ -141,6 +141,7 @@ class Trainer:
                     self._run_to(end, requests)
                 except BaseException:
                     self._prepare()  # a step may be half done: what goes on later goes on from the last checkpoint
+                    self._log = StepLog(self.history, self.terms)
                     raise
             else:
                 self.stop_reason = "finished" if self.step >= self.total_steps else "paused"
@@ -389,6 +390,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
         asked = self.teacher is not None and self.module.needs.teacher
         sums = torch.zeros(len(self.terms), device=self.session.device)
+        reading = next(iter(self.module.needs.readings), None)  # whose tail is recorded
         tail = torch.zeros((), device=self.session.device)
         extras: dict[str, torch.Tensor] = {}
         setattr(self.student, _STEPPED, True)
@@ -401,8 +403,8 @@ class Trainer:
             sums += part
             for name, value in measured.items():
                 extras[name] = extras[name] + value if name in extras else value
-            if signal is not None and signal.cells:
-                tail += next(iter(signal.cells.values())).tail.exp().sum()
+            if reading is not None:
+                tail += signal.cells[reading.key].tail.exp().sum()
         norm = self._clip()
         skipped = accelerator.scaler is None and not math.isfinite(float(norm))
         if not skipped:  # a scaler sees to this itself
@@ -422,86 +424,28 @@ class Trainer:
             "epoch": self.step * len(batches) / self.data.batches_per_epoch,
             "tokens": self.tokens,
             "seconds": self.seconds + time.monotonic() - started,
-            "shares": shares,
-            "taught_positions": taught,
-            "counts": dict(zip((t.name for t in self.terms), counts, strict=True)),
             "lr": {group["name"]: rate * group["rate_factor"] for group in self.optimizer.param_groups},
             "skipped_steps": self.skipped_steps,
             "tokens_per_second": predicted / max(time.monotonic() - started, 1e-9),
             "aligned_share": aligned / max(predicted, 1),
             "taught_share": taught / max(predicted, 1),
         }
-        record["extras"] = {name: list(value.shape) for name, value in extras.items()}
-        flat = [sums, torch.stack([norm.float().to(sums.device), tail]), *(v.flatten() for v in extras.values())]
-        self._pending.append((record, torch.cat(flat)))
+        self._log.add(
+            record,
+            shares=shares,
+            counts=counts,
+            sums=sums,
+            norm=norm,
+            extras=extras,
+            tail=tail if reading else None,
+            tail_rows=sum(ROWS[reading.over](b) for b in batches) if reading else 0,
+            skipping=accelerator.scaler is None,
+        )
 
     def _flush(self) -> None:
-        """Move what the last steps measured to the host, in one transfer, and into the history."""
-        if not self._pending:
-            return
-        lengths = [len(v) for _, v in self._pending]
-        values = [row.tolist() for row in torch.cat([v for _, v in self._pending]).cpu().split(lengths)]
-        broken: dict[str, list[int]] = {}
-        unseen = dict.fromkeys((t.name for t in self.terms), True)
-        for (record, _), row in zip(self._pending, values, strict=True):
-            sums, (norm, tail, *rest) = row[: len(self.terms)], row[len(self.terms) :]
-            shares, counts = record.pop("shares"), record.pop("counts")
-            terms = {}
-            for term, value in zip(self.terms, sums, strict=True):
-                count = counts[term.name]
-                mean = value / count if count else None
-                part = None if mean is None else shares[term.name] * mean
-                terms[term.name] = {
-                    "value": mean,
-                    "weight": shares[term.name],
-                    "contribution": part,
-                    "count": count,
-                }
-                unseen[term.name] &= not count
-            for name, shape in record.pop("extras").items():
-                term, what = name.split(".")
-                size = math.prod(shape)
-                found, rest = torch.tensor(rest[:size]), rest[size:]
-                count = counts[term] or 1
-                terms[term].setdefault("extras", {})[what] = (found / count).reshape(shape).tolist()
-            record["terms"] = terms
-            record["total"] = sum(t["contribution"] for t in terms.values() if t["contribution"] is not None)
-            record["grad_norm"] = norm
-            taught = record.pop("taught_positions")
-            record["tail_mass"] = tail / taught if taught and self.module.needs.readings else None
-            self.history.append(record)
-            names = [n for n, t in terms.items() if t["value"] is not None and not math.isfinite(t["value"])]
-            if not names and not math.isfinite(norm) and self.accelerator.scaler is None:
-                names = ["the gradient"]
-            for name in names:
-                broken.setdefault(name, []).append(record["step"])
-        self._pending.clear()
-        for term in self.terms:
-            if unseen[term.name] and term.weight > 0:
-                self._alarm_once(f"{term.name} had nothing to look at: {term.empty}")
-        self._watch_experts()
-        for name, steps in broken.items():
-            text = f"{name} was not finite at {len(steps)} steps from {steps[0]:,} on; they were skipped"
-            self.history.append({"kind": "event", "step": steps[-1], "what": "alarm", "text": text})
-        self._tell("on_log")
-
-    def _watch_experts(self) -> None:
-        """An alarm for every gate that sends all spans to the same few experts."""
-        for name, term in self.history.last("train")["terms"].items():
-            for layer, load in enumerate(term.get("extras", {}).get("load", []), start=1):
-                if max(load) > 0.8 or min(load) < 0.2 / len(load):
-                    shown = ", ".join(f"{share:.0%}" for share in load)
-                    self._alarm_once(
-                        f"{name}: the knowledge router of its pair {layer} has collapsed or lost an expert; raise "
-                        f"balance= or lower experts=",
-                        f" (shares {shown})",
-                    )
-
-    def _alarm_once(self, text: str, figures: str = "") -> None:
-        """Record an alarm that holds from now on, the first time that it is seen."""
-        if text not in self._alarms:
-            self._alarms.add(text)
-            self.history.append({"kind": "event", "step": self.step, "what": "alarm", "text": text + figures})
+        """Move what the last steps measured to the host and into the history."""
+        if self._log.flush():
+            self._tell("on_log")
 
     def _after_step(self, end: int) -> None:
         """Record, evaluate and save when it is time."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import contextlib
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -10,6 +11,7 @@ from kd_kit.data import DistillData
 from kd_kit.head import body_of, head_of
 from kd_kit.pair import TokenizerPair
 from kd_kit.reduce import chunks
+from kd_kit.routing import NoExperts, RoutingTap, count_chosen, find_routing, of_layer, routing_balance
 from kd_kit.table import Table
 from kd_kit.types import IGNORE
 
@@ -36,6 +38,8 @@ class Audit:
         shared_mass: the teacher's probability on tokens that the student has byte for byte, None without a teacher.
         homed_mass: the teacher's probability that has a home in the student's vocabulary, None without a teacher.
         kept_mass: {K: mass in the K largest cells}, None without a teacher.
+        experts: of a mixture teacher, {layer: (load entropy over ln X, experts never chosen, largest share)} on this
+            text, per layer and never pooled; empty for a dense one. experts_note: why they could not be read.
     """
 
     positions: int
@@ -53,6 +57,8 @@ class Audit:
     shared_mass: float | None = None
     homed_mass: float | None = None
     kept_mass: dict[int, float] | None = None
+    experts: dict[int, tuple[float, int, float]] = field(default_factory=dict)
+    experts_note: str = ""
 
     @property
     def reach(self) -> float:
@@ -118,12 +124,18 @@ class Audit:
             lines.append(("teacher's mass with a home", f"{self.homed_mass:.2%}"))
         for k, mass in (self.kept_mass or {}).items():
             lines.append((f"  of it in the {k} largest cells", f"{mass:.1%}"))
+        for layer, (entropy, dead, largest) in self.experts.items():
+            figures = f"{entropy:.2f} even, {dead} unused, largest {largest:.0%}"
+            lines.append((f"load of the teacher's experts, layer {layer}", figures))
+        if self.experts_note:
+            lines.append(("load of the teacher's experts", "not read"))
         return lines
 
     @property
     def table(self) -> Table:
         """The figures as a table, with the recommendation below."""
-        return Table("", ("measured on this text", ""), tuple(self._lines()), f"-> {self.recommendation}", _WORDS)
+        note = "\n".join(line for line in (self.experts_note, f"-> {self.recommendation}") if line)
+        return Table("", ("measured on this text", ""), tuple(self._lines()), note, _WORDS)
 
     def __repr__(self) -> str:
         return str(self.table)
@@ -151,6 +163,7 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
     identical = torch.from_numpy(tokenizers.identical) >= 0
     positions = aligned = same = bridged = taught = inside = whitespace = 0
     homed = shared = 0.0
+    routers = _Routers(teacher)
     ks = [k for k in (8, 16, 32, 64, 128) if k <= bridge.student_size]
     kept = torch.zeros(len(ks), dtype=torch.float64)
     for batch in data.train.in_order(data.batch_size, _WINDOWS):
@@ -175,7 +188,7 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
         ]
         inside += int((torch.tensor(homes, dtype=torch.int64) == ours).sum())
         if teacher is not None:
-            for home, both, largest in _masses(teacher, batch, at, bridge, identical, ks[-1]):
+            for home, both, largest in _masses(teacher, batch, at, bridge, identical, ks[-1], routers):
                 homed += float(home.sum())
                 shared += float(both.sum())
                 kept += largest.cumsum(-1)[:, [k - 1 for k in ks]].double().sum(0).cpu()
@@ -195,6 +208,8 @@ def audit(tokenizers: TokenizerPair, data: DistillData, teacher=None) -> Audit:
         shared_mass=None if teacher is None else shared / max(aligned, 1),
         homed_mass=None if teacher is None else homed / max(aligned, 1),
         kept_mass=None if teacher is None else dict(zip(ks, (kept / max(aligned, 1)).tolist(), strict=True)),
+        experts=routers.load,
+        experts_note=routers.note,
     )
 
 
@@ -204,13 +219,46 @@ def _teacher_places(batch, rows: torch.Tensor) -> torch.Tensor:
     return window * batch.teacher_ids.shape[1] + batch.teacher_index.flatten()[rows]
 
 
+class _Routers:
+    """Counts which experts a mixture teacher chooses while the audit has it read the text."""
+
+    def __init__(self, teacher):
+        self.tap, self.note, self.counts = None, "", {}
+        if teacher is None:
+            return
+        try:
+            self.routing = find_routing(teacher)
+            self.tap = RoutingTap(teacher)
+        except NoExperts:
+            return
+        except ValueError as error:
+            self.note = str(error)
+
+    def count(self, mask: torch.Tensor) -> None:
+        """After a forward pass; ``mask`` [B, S] says which positions are text."""
+        for layer, probs in self.tap.probabilities.items():
+            chosen = count_chosen(probs, of_layer(self.routing.active, self.routing, layer), mask).cpu()
+            self.counts[layer] = self.counts.get(layer, 0) + chosen
+
+    @property
+    def load(self) -> dict[int, tuple[float, int, float]]:
+        found = {}
+        for layer, counts in self.counts.items():
+            load = routing_balance(counts.unsqueeze(0), [layer])
+            found[layer] = (float(load.entropy[0]), int(load.dead[0]), float(load.largest[0]))
+        return found
+
+
 @torch.no_grad()
-def _masses(teacher, batch, at: torch.Tensor, bridge, identical: torch.Tensor, k: int):
+def _masses(teacher, batch, at: torch.Tensor, bridge, identical: torch.Tensor, k: int, routers: _Routers):
     """Of the teacher at flat positions ``at``, chunk by chunk: mass with a home [n], mass on tokens that are
     ``identical`` in both vocabularies [n], and the K largest cells [n, K].
     """
     device = next(teacher.parameters()).device
-    hidden = body_of(teacher)(input_ids=batch.teacher_ids.to(device), use_cache=False).last_hidden_state
+    with routers.tap or contextlib.nullcontext():
+        hidden = body_of(teacher)(input_ids=batch.teacher_ids.to(device), use_cache=False).last_hidden_state
+    if routers.tap is not None:
+        routers.count(batch.teacher_targets.to(device) != IGNORE)
     rows = hidden.flatten(0, 1)[at.to(device)]
     head = head_of(teacher).cut(bridge.teacher_size)
     for chunk in chunks(len(rows), head.chunk_rows()):

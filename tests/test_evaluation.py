@@ -13,6 +13,7 @@ from kd_kit import agreement, build_data, evaluate, lm_term, score
 from kd_kit.data import WindowSet
 from kd_kit.evaluation import Report, Score
 from kd_kit.losses import student_cells
+from kd_kit.readings import Needs, SortedReading
 from kd_kit.teacher import LiveTeacher
 from kd_kit.types import IGNORE
 
@@ -140,6 +141,17 @@ def test_agreement_is_that_of_a_naive_loop(windows):
     assert found.top1 == pytest.approx(top1 / count, abs=1e-6)
     assert found.top5 == pytest.approx(top5 / count, abs=1e-6)
     assert found.kl == pytest.approx(kl / count, rel=1e-4)
+
+
+def test_agreement_does_not_depend_on_what_the_terms_ask(windows):
+    student = tiny_student().eval()
+    teachers = [
+        LiveTeacher(teacher(), pair().bridge, needs)
+        for needs in (None, Needs(row_states=True), Needs((SortedReading(100, 3),)))
+    ]
+    found = [agreement({"it": student}, live, windows, limit=3)["it"] for live in teachers]
+    assert found[0] == found[1] == found[2]
+    assert [live.needs.row_states for live in teachers] == [False, True, False], "they are asked as before"
 
 
 def test_a_model_agrees_with_itself():

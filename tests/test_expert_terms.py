@@ -220,18 +220,22 @@ def test_it_starts_from_the_mean_distribution():
     assert float(value.mean.detach()) == pytest.approx(float(gap), abs=1e-4)
 
 
-def test_an_expert_that_is_never_used_stays_finite():
-    head = RoutingHead(3, 4)
-    probs = torch.tensor([[0.7, 0.3, 0.0, 0.0]]).expand(10, -1)
-    head.observe(torch.randn(10, 3), probs.half())
-    head.observe(torch.randn(5, 3), probs[:5])
+def test_the_mean_is_over_all_batches_and_an_expert_that_is_never_used_stays_finite():
+    head, states = RoutingHead(3, 4), torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    first, second = torch.tensor([[0.75, 0.25, 0.0, 0.0]]), torch.tensor([[0.25, 0.75, 0.0, 0.0]])
+    head.observe(states[:15], first.expand(15, -1).half())
+    head.observe(states[15:], second.expand(5, -1))
     head.settle()
-    torch.testing.assert_close(head(torch.randn(2, 3)).softmax(-1), probs[:2], atol=1e-4, rtol=1e-3)
+    mean = (3 * first + second) / 4
+    torch.testing.assert_close(head(states[:2]).softmax(-1), mean.expand(2, -1), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(head.map.bias.exp().sum(), torch.tensor(1.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(head.student.mean, states.mean(0))
     assert head.map.bias.isfinite().all()
     head.forget()
-    head.observe(torch.randn(10, 3), probs.flip(-1))
+    head.observe(states[:10], first.flip(-1).expand(10, -1))
     head.settle()
-    torch.testing.assert_close(head(torch.randn(2, 3)).softmax(-1), probs[:2].flip(-1), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(head(states[:2]).softmax(-1), first.flip(-1).expand(2, -1), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(head.student.mean, states[:10].mean(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

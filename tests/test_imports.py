@@ -43,7 +43,7 @@ LEVELS = {
     "models": ["offline", "models", "routing", "teacher"],
     "decisions": ["ranges", "terms", "kd_terms", "state_terms", "expert_terms", "stages", "table", "drawing", "plots"],
     "parts of a run": ["callbacks", "checkpoint_folder", "checkpoint", "evaluation", "sample", "vocabulary_audit"],
-    "the run": ["module", "trainer", "trainer_builder"],
+    "the run": ["module", "step_log", "trainer", "trainer_builder"],
     "judgement": ["verification", "demo"],
     "faces": ["dashboard", "notebook_run"],
     "makers of the embedded default": [

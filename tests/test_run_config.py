@@ -7,7 +7,19 @@ import json
 import pytest
 from helpers import make_trainer, pages, pair, part_term, small_data, teacher, tiny_student
 
-from kd_kit import build_data, kd_term, lm_term
+from kd_kit import (
+    attention_term,
+    build_data,
+    contrastive_term,
+    feature_term,
+    kd_term,
+    layerwise_term,
+    lm_term,
+    relation_term,
+    router_term,
+    span_term,
+)
+from kd_kit.losses import reverse_kl
 from kd_kit.run_config import check_run, run_config
 
 
@@ -36,6 +48,8 @@ def other_text():
         ({"terms": lambda: [lm_term()]}, "the loss terms"),
         ({"terms": lambda: [lm_term(), kd_term(), part_term()]}, "the loss terms"),
         ({"student": lambda: tiny_student(num_hidden_layers=1)}, "the student's shapes"),
+        ({"terms": lambda: [lm_term(0.1), kd_term(0.9, method="projector")]}, "the student's shapes"),
+        ({"more_experts": 4}, "the teacher"),
         ({"seed": 1, "accumulation": 2}, "the seed, the number of batches per step"),
     ],
 )
@@ -64,6 +78,16 @@ def test_what_may_change_is_said(run, capsys):
     assert trainer.history.total_steps == 4
     assert trainer.history.last("train")["lr"]["student"] <= 3e-3
     assert trainer.history.last("train")["terms"]["lm"]["weight"] == pytest.approx(0.2)
+
+
+def test_what_shapes_a_term_is_said_when_it_changes(run, capsys):
+    terms = [lm_term(0.1), kd_term(0.9, top_k=5, temperature=2.0, inside=False, divergence=reverse_kl)]
+    make_trainer(run, steps=2, terms=terms)
+    said = capsys.readouterr().out
+    for note in ("top_k 8 -> 5", "temperature 1 -> 2", "inside True -> False", "divergence forward_kl -> reverse_kl"):
+        assert f"kd.{note}" in said
+    make_trainer(run, steps=2, terms=[lm_term(0.1), kd_term(0.9, top_k=8, method="strict")])
+    assert "kd.method bridge -> strict" in capsys.readouterr().out
 
 
 def test_a_changed_weight_decay_takes_effect(run):
@@ -111,8 +135,13 @@ def test_an_empty_folder_is_a_new_run(tmp_path):
 
 
 def test_the_configuration_is_plain_json(tmp_path):
-    trainer = make_trainer(tmp_path / "run", terms=[lm_term(), part_term()], model=teacher())
+    own = [feature_term(experts=3, layers={2: 4}), router_term(layers={1: 2}), relation_term(), contrastive_term()]
+    terms = [lm_term(), part_term(), kd_term(method="projector"), span_term(), *own, attention_term(), layerwise_term()]
+    trainer = make_trainer(tmp_path / "run", terms=terms, model=teacher())
     config = run_config(trainer)
+    assert config["feature.layers"] == {"2": 4}
+    assert config["feature.experts"] == 3
+    assert config["kd.method"] == "projector"
     assert json.loads(json.dumps(config)) == config
     stored = json.loads((tmp_path / "run" / "RUN.json").read_text())
     assert stored == {"run_id": trainer.run_id, "config": config}

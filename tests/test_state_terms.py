@@ -446,7 +446,9 @@ def test_standardised_within_is_the_naive_and_masked_is_sliced():
         torch.testing.assert_close(out[b, :n], expected, atol=1e-4, rtol=1e-3)
         total = total + (expected * weights[b, :n]).sum()
     total.backward()
-    torch.testing.assert_close(grad, states.grad, atol=1e-3, rtol=1e-2)
+    # each channel's in its own unit: that of the large one is small, and none of it comes through the floor
+    size = states.detach().std(1, keepdim=True)
+    torch.testing.assert_close(grad * size, states.grad * size, atol=1e-3, rtol=1e-2)
     assert not out[1, 12:].any()
     assert not out[..., 4].any(), "a channel that does not move"
     assert not grad[1, 12:].any()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 
 import pytest
 import torch
+from conftest import build_tiny
 from helpers import pages, pair, small_data, teacher
 
 from kd_kit import audit, build_data, build_tokenizers
@@ -161,3 +164,36 @@ def test_a_half_precision_teacher_weighs_nearly_the_same():
     assert half.homed_mass == pytest.approx(full.homed_mass, abs=1e-2)
     assert half.aligned == full.aligned
     assert small_data().train.collate([0]).targets[0, -1] == IGNORE
+
+
+def test_the_load_of_the_teachers_experts_is_counted_layer_by_layer(one_window):
+    found = audit(pair(), one_window, teacher())
+    batch = one_window.train.collate([0])
+    with torch.no_grad():
+        logits = teacher()(input_ids=batch.teacher_ids, output_router_logits=True).router_logits
+    kept = (batch.teacher_targets != IGNORE).flatten()
+    assert list(found.experts) == [1, 2, 3, 4]
+    for layer, rows in enumerate(logits, start=1):
+        chosen = rows.float()[kept].topk(2, -1).indices.flatten().bincount(minlength=8).double()
+        share = chosen / chosen.sum()
+        entropy, unused, largest = found.experts[layer]
+        assert entropy == pytest.approx(float(torch.special.entr(share).sum()) / math.log(8), abs=1e-5)
+        assert unused == int((chosen == 0).sum())
+        assert largest == pytest.approx(float(share.max()), abs=1e-6)
+    assert "load of the teacher's experts, layer 4" in repr(found)
+    assert not found.experts_note
+
+
+def test_a_dense_teacher_has_no_experts_to_count():
+    found = audit(pair(), small_data(), build_tiny("llama", vocab=5000))
+    assert found.experts == {}
+    assert "experts" not in repr(found)
+
+
+def test_routers_that_cannot_be_read_are_said_and_do_not_stop_the_audit():
+    strange = copy.deepcopy(teacher())
+    strange.config.model_type = "never_heard_of"
+    found = audit(pair(), small_data(), strange)
+    assert found.experts == {}
+    assert "expected a family whose scores are known, got 'never_heard_of'" in repr(found)
+    assert found.homed_mass == pytest.approx(audit(pair(), small_data(), teacher()).homed_mass)

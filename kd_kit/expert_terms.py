@@ -11,7 +11,7 @@ from kd_kit.ranges import RANGES
 from kd_kit.readings import Needs
 from kd_kit.reduce import masked_sum
 from kd_kit.routing import Routing, find_routing, of_layer
-from kd_kit.state_terms import LayerMap, Part, pairs_of, plain_layers, student_ends
+from kd_kit.state_terms import LayerMap, Part, given_layers, pairs_of, plain_layers, student_ends
 from kd_kit.terms import LossTerm, Setup, StudentOutput
 from kd_kit.types import DistillBatch, LossValue, TeacherSignal
 
@@ -104,6 +104,8 @@ def router_term(
 
     Source: routing as a target of distillation, https://arxiv.org/abs/2502.12947
     """
+
+    layers = given_layers("router_term", layers)
 
     def build(setup: Setup) -> dict:
         routing = find_routing(setup.teacher, scores=scores)

@@ -64,7 +64,7 @@ class Moments(nn.Module):
         """Freeze the statistics of everything observed.
 
         Raises:
-            ValueError: fewer than two rows were observed.
+            ValueError: fewer than two rows were observed, or some that are not finite.
         """
         if self.count < 2:
             raise ValueError(
@@ -72,6 +72,11 @@ class Moments(nn.Module):
                 "this text that both tokenizers read?"
             )
         mean = self.shifted_mean
+        if not (mean.isfinite().all() and self._square.isfinite().all()):
+            raise ValueError(
+                "Moments: expected finite hidden states in the first batches of the run, got NaN or infinity; load the "
+                "model in a dtype that holds its range: build_teacher(..., dtype=torch.float32)"
+            )
         deviation = (self._square / self.count - mean**2).clamp(min=0).sqrt()
         # a channel that never moves says nothing: it stays at 0 rather than being blown up
         moving = deviation[deviation > 0]
@@ -89,9 +94,15 @@ class Projector(nn.Module):
     Args:
         student_width: D. teacher_width: E.
 
+    Attributes:
+        ridge: of the least squares, beside a variance of 1 per channel. None for 0.1 * D / spans: with about as many
+            spans as channels a map without it fits these spans and no others.
+
     Shapes:
         forward: [n, D] -> [n, E] float32, to be compared with ``teacher(states)``
     """
+
+    ridge: float | None = None
 
     def __init__(self, student_width: int, teacher_width: int):
         super().__init__()
@@ -137,8 +148,8 @@ class Projector(nn.Module):
         d_x, d_y = x.deviation.double().cpu(), y.deviation.double().cpu()
         within = (self._within / n - torch.outer(mean_x, mean_x)) / torch.outer(d_x, d_x)
         across = (self._across / n - torch.outer(mean_x, mean_y)) / torch.outer(d_x, d_y)
-        # a little ridge: with fewer spans than channels there are many solutions, and this takes the smallest
-        within += 1e-6 * torch.eye(len(within), dtype=torch.float64)
+        ridge = 0.1 * len(within) / n if self.ridge is None else self.ridge
+        within += ridge * torch.eye(len(within), dtype=torch.float64)
         with torch.no_grad():
             self.map.weight.copy_(torch.linalg.solve(within, across).T)
             self.map.bias.zero_()

@@ -57,9 +57,9 @@ RANGES: dict[str, dict] = {
     },
     "attention": {
         "unit": "KL / ln row",
-        "healthy": (0.0, 0.5),
+        "healthy": (0.002, 0.6),
         "impossible_below": 0.0,
-        "impossible_above": 5.0,
+        "impossible_above": 20.0,
         "floor": 0.0,
         "source": "0.4-0.7 between untrained models of usual width, 0.05-0.5 later",
     },

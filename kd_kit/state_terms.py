@@ -7,7 +7,8 @@ a run and then frozen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,18 @@ class FeaturePart(Part):
 
 
 def _feature(name: str, weight: float, layers, taps: int, last: bool, mixture: dict) -> LossTerm:
+    layers = given_layers(f"{name}_term", layers)
+    experts, active = mixture["experts"], mixture["active"]
+    if experts is not None and (experts < 2 or not 1 <= active <= experts):
+        raise ValueError(
+            f"{name}_term: expected at least 2 experts and 1 <= active <= experts, got experts={experts} and "
+            f"active={active}"
+        )
+    if not (mixture["balance"] >= 0 and mixture["z"] >= 0):
+        raise ValueError(
+            f"{name}_term: expected balance and z of at least 0, got {mixture['balance']} and {mixture['z']}"
+        )
+
     def build(setup: Setup) -> dict:
         pairs = pairs_of(setup, layers, taps)
         if layers is None:
@@ -257,6 +270,8 @@ def relation_term(weight: float = 0.02, *, layers: LayerMap | None = None) -> Lo
     Source: Park et al. 2019, https://arxiv.org/abs/1904.05068; Tung and Mori 2019, https://arxiv.org/abs/1907.09682
     """
 
+    layers = given_layers("relation_term", layers)
+
     def build(setup: Setup) -> dict:
         ours, theirs = _one(pairs_of(setup, layers, 1), "relation_term")
 
@@ -311,6 +326,7 @@ def attention_term(
 
     Source: MiniLMv2, Wang et al. 2020, section 3, https://arxiv.org/abs/2012.15828
     """
+    layers = given_layers("attention_term", layers)
     if not relation or set(relation) - {"q", "k", "v"}:
         raise ValueError(f"attention_term: expected relation= some of 'q', 'k', 'v', got {relation!r}")
     if heads < 1:
@@ -406,6 +422,7 @@ def contrastive_term(weight: float = 0.01, *, layers: LayerMap | None = None, te
     Source: van den Oord et al. 2018, https://arxiv.org/abs/1807.03748; Tian et al. 2019,
         https://arxiv.org/abs/1910.10699
     """
+    layers = given_layers("contrastive_term", layers)
     if not temperature > 0:
         raise ValueError(f"contrastive_term: expected a temperature above 0, got {temperature}")
 
@@ -452,6 +469,25 @@ def _states(pairs) -> Needs:
     )
 
 
+def given_layers(where: str, layers: LayerMap | Iterable[tuple[int, int]] | None) -> LayerMap | None:
+    """A layer map given by hand as a dict, before the models are known.
+
+    Raises:
+        ValueError: none, or something else than pairs of whole numbers.
+    """
+    if layers is None:
+        return None
+    try:
+        pairs = {operator.index(ours): operator.index(theirs) for ours, theirs in dict(layers).items()}
+    except (TypeError, ValueError):
+        pairs = {}
+    if not pairs:
+        raise ValueError(
+            f"{where}: expected layers={{student layer: teacher layer}} with layers counted from 1, got {layers!r}"
+        )
+    return pairs
+
+
 def plain_layers(layers: LayerMap | None) -> dict | None:
     """A layer map as the record of a run keeps it."""
-    return None if layers is None else {str(ours): int(theirs) for ours, theirs in dict(layers).items()}
+    return None if layers is None else {str(ours): theirs for ours, theirs in layers.items()}

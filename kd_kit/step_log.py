@@ -97,7 +97,7 @@ class StepLog:
             part = None if mean is None else share * mean
             terms[term.name] = {"value": mean, "weight": share, "contribution": part, "count": count}
         for name, shape in known["extras"].items():
-            term, what = name.split(".")
+            term, what = name.rsplit(".", 1)  # a term may be named with dots
             found, rest = rest[: shape.numel()], rest[shape.numel() :]
             mean = found.reshape(shape) / max(terms[term]["count"], 1)
             terms[term].setdefault("extras", {})[what] = mean.tolist()
@@ -106,7 +106,8 @@ class StepLog:
     def _watch_experts(self) -> None:
         """An alarm for every gate that sends all spans to the same few experts."""
         for name, term in self.history.last("train")["terms"].items():
-            for layer, load in enumerate(term.get("extras", {}).get("load", []), start=1):
+            loads = term.get("extras", {}).get("load", []) if term["count"] else []
+            for layer, load in enumerate(loads, start=1):
                 if max(load) > 0.8 or min(load) < 0.2 / len(load):
                     shown = ", ".join(f"{share:.0%}" for share in load)
                     self._say_once(

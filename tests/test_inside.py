@@ -11,8 +11,9 @@ from conftest import cells_of, live
 
 from kd_kit import build_data, build_teacher, build_tokenizers, offline
 from kd_kit.align import align
-from kd_kit.data import WindowSet, _identical_tokens, _white_space_runs
+from kd_kit.data import WindowSet, _white_space_runs
 from kd_kit.inside import InsideBridge
+from kd_kit.pair import TokenizerPair
 from kd_kit.vocab import Bridge, Vocabulary
 
 
@@ -150,10 +151,8 @@ def prefixes_of_a_first_token(student_token: bytes, teacher_token: bytes) -> lis
     """What a window says about the position before its first token, which covers the text ``She``."""
     teacher = vocabulary(b"<s>", teacher_token, special=(0,))
     student = vocabulary(b"<s>", student_token, special=(0,))
-    pair = SimpleNamespace(teacher_vocab=teacher, student_vocab=student, bridge=InsideBridge(teacher, student))
-    windows = SimpleNamespace(
-        pair=pair, _identical=_identical_tokens(pair), _runs=[_white_space_runs(v) for v in (student, teacher)]
-    )
+    pair = TokenizerPair(None, None, teacher, student, InsideBridge(teacher, student))
+    windows = SimpleNamespace(pair=pair, _runs=[_white_space_runs(v) for v in (student, teacher)])
     ids, ends = np.array([0, 1]), np.array([0, 3])
     found = WindowSet._prefixes(windows, ids, ends, ids, ends, align(ends, ends), np.array([True]))
     return found[0].tolist()

@@ -537,7 +537,7 @@ def test_values_are_summed_over_the_spans_that_predict_them(two):
     for row, c in batch.span_mask.nonzero().tolist():
         first, last = batch.span_student[row, c : c + 2].tolist()
         expected = sum(float(values.detach()[places[row * width + at]]) for at in range(first, last))
-        assert float(found[row, c]) == pytest.approx(expected, abs=1e-5)
+        assert float(found.detach()[row, c]) == pytest.approx(expected, abs=1e-5)
     found.sum().backward()
     assert set(values.grad.tolist()) <= {0.0, 1.0}
 

@@ -349,7 +349,8 @@ def test_the_observed_spans_make_the_start():
         torch.testing.assert_close(one.student.deviation, ours.std(0, correction=0), atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(one.teacher.mean, theirs.mean(0), atol=1e-4, rtol=1e-4)
         x, y = (((s - s.mean(0)) / s.std(0, correction=0)).double().numpy() for s in (ours, theirs))
-        start = torch.from_numpy(np.linalg.lstsq(x, y, rcond=None)[0].T).float()
+        held = x.T @ x / len(x) + 0.1 * x.shape[1] / len(x) * np.eye(x.shape[1])
+        start = torch.from_numpy(np.linalg.solve(held, x.T @ y / len(x)).T).float()
         torch.testing.assert_close(one.map.weight.detach(), start, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(other.map.weight, one.map.weight, atol=1e-3, rtol=1e-3)
 
@@ -832,13 +833,28 @@ def test_settings_say_what_shapes_a_term():
         ({3: 3}, "check_layer_map: teacher: expected a layer, an integer from 1 to 2, got 3"),
         ({1: 2, 3: 1}, "check_layer_map: expected layers that rise on both sides"),
         ({1: 2, 3: 2}, "check_layer_map: expected layers that rise on both sides"),
-        ({}, "check_layer_map: expected at least one pair of layers"),
     ],
 )
 def test_wrong_layer_maps_are_refused(kind, layers, message):
     term = TERMS[kind](layers=layers)
     with pytest.raises(ValueError, match=message):
         term.bound(Setup(*models("3 from 2"), None))
+
+
+@pytest.mark.parametrize("kind", TERMS)
+@pytest.mark.parametrize("layers", [{}, {"a": 1}, {1.5: 1}, [1, 2], 7])
+def test_what_is_no_layer_map_is_refused_at_once(kind, layers):
+    with pytest.raises(ValueError, match=r"_term: expected layers=\{student layer: teacher layer\}"):
+        TERMS[kind](layers=layers)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"experts": 1}, {"experts": 3, "active": 0}, {"experts": 3, "active": 4}, {"balance": -1}, {"z": -1}]
+)
+def test_mixtures_that_cannot_work_are_refused_at_once(settings):
+    for term in (feature_term, layerwise_term):
+        with pytest.raises(ValueError, match=r"^(feature|layerwise)_term: expected"):
+            term(**settings)
 
 
 @pytest.mark.parametrize("kind", ["relation", "attention", "contrastive"])

@@ -436,6 +436,8 @@ def test_the_same_bridge_keeps_every_number_and_the_direct_one_too(toy):
     windows = toy_data(pair).train
     batch = windows.collate(range(len(windows)))
     model = build_tiny("llama", vocab=30)
+    ends = dataclasses.replace(pair, teacher_vocab=dataclasses.replace(pair.teacher_vocab, end_id=14))
+    assert same_bridge(ends).table[14] == size, "an end of document that only the teacher has is no token here"
     same = BridgeReading("same", same_bridge(pair), None)
     direct = BridgeReading("direct", direct_bridge(len(LARGER), size), None, over="aligned")
     assert direct.bridge.shared == size

@@ -1076,6 +1076,17 @@ def test_extras_are_in_the_record_as_means(tmp_path):
     assert History.load(tmp_path / "run" / "metrics.jsonl").records == trainer.history.records
 
 
+def test_a_term_with_a_dot_in_its_name_may_measure_more(tmp_path):
+    def value(output, signal, batch) -> LossValue:
+        rows = torch.tensor(float(len(batch.rows)))
+        return LossValue(output.hidden.sum() * 0, rows, {"size": rows * torch.tensor([2.0, 3.0])})
+
+    own = LossTerm(name="my.own", weight=0.1, unit="", healthy=(0, 1), value=value)
+    trainer = make_trainer(tmp_path / "run", terms=[lm_term(0.9), own], steps=2)
+    trainer.fit()
+    assert trainer.history.last("train")["terms"]["my.own"]["extras"] == {"size": [2.0, 3.0]}
+
+
 def test_parts_learn_at_rates_of_their_own_kind(tmp_path):
     trainer = knowing(tmp_path / "run", terms=[*knowing_terms(), part_term(0.1)], steps=2)
     trainer.fit()

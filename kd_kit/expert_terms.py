@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from kd_kit.losses import routing_kl
+from kd_kit.parts import LayerMap, Part, given_layers, pairs_of, plain_layers, student_ends
 from kd_kit.projectors import Moments
 from kd_kit.ranges import RANGES
 from kd_kit.readings import Needs
 from kd_kit.reduce import masked_sum
 from kd_kit.routing import Routing, find_routing, of_layer
-from kd_kit.state_terms import LayerMap, Part, given_layers, pairs_of, plain_layers, student_ends
 from kd_kit.terms import LossTerm, Setup, StudentOutput
 from kd_kit.types import DistillBatch, LossValue, TeacherSignal
 
@@ -86,7 +86,7 @@ class RouterPart(Part):
 
 
 def router_term(
-    weight: float = 0.01, *, layers: LayerMap | None = None, taps: int = 2, scores: str | None = None
+    weight: float = 0.3, *, layers: LayerMap | None = None, taps: int = 2, scores: str | None = None
 ) -> LossTerm:
     """Does the student's state tell which experts the teacher would use? KL over experts / ln X, in nats per ln X.
 

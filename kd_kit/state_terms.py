@@ -7,9 +7,6 @@ a run and then frozen.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -21,88 +18,32 @@ from kd_kit.losses import (
     relation_kl,
     relations,
 )
+from kd_kit.parts import (
+    LayerMap,
+    Part,
+    chosen_spans,
+    given_layers,
+    nothing,
+    one_pair,
+    pairs_of,
+    plain_layers,
+    spread_spans,
+    states_needed,
+    student_ends,
+    widths_of,
+)
 from kd_kit.projectors import KnowledgeRouter, Projector
 from kd_kit.ranges import RANGES
 from kd_kit.readings import Needs
 from kd_kit.reduce import masked_sum
-from kd_kit.taps import attention_widths, check_layer_map, layer_map, layers_of
+from kd_kit.taps import attention_widths
 from kd_kit.terms import LossTerm, Setup, StudentOutput
 from kd_kit.types import DistillBatch, LossValue, TeacherSignal
-
-LayerMap = Mapping[int, int]
-"""Student layer -> teacher layer, both counted from 1."""
 
 _RELATION_SPANS, _RELATION_LEAST = 128, 16
 _ATTENTION_ROWS = 64
 _CONTRAST_SPANS = 64
 _CONTRAST_LEAST = 32
-
-
-class Part(nn.Module):
-    """The trainable half of a term: looks at the first batches of a run, settles, and then gives values.
-
-    Attributes:
-        group: "projectors" or "routers", which rate its parameters learn at.
-        ready: buffer, whether it has settled; saved with the run.
-    """
-
-    group = "projectors"
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
-
-    def observe(self, output: StudentOutput, signal: TeacherSignal, batch: DistillBatch) -> None:
-        """Take a batch into account for :meth:`settle`."""
-
-    def _pieces(self) -> list[nn.Module]:
-        """What this part is made of: the projectors, statistics and heads that observe and settle."""
-        return [
-            one for module in self.children() for one in (module if isinstance(module, nn.ModuleList) else [module])
-        ]
-
-    def forget(self) -> None:
-        """Start observing anew."""
-        for piece in self._pieces():
-            piece.forget()
-
-    def settle(self) -> None:
-        """Freeze what was observed, before the first step."""
-        for piece in self._pieces():
-            piece.settle()
-        self.ready.fill_(True)
-
-
-# --- the spans of a batch -------------------------------------------------------------------------------------------
-
-
-def student_ends(output: StudentOutput, layer: int, batch: DistillBatch) -> Tensor:
-    """[P, D], the student's hidden state at the end of every scored span."""
-    return output.states[layer].flatten(0, 1)[batch.span_rows[:, 0]]
-
-
-def spread_spans(batch: DistillBatch, most: int) -> tuple[Tensor, Tensor]:
-    """At most ``most`` scored spans of every window, evenly spaced.
-
-    Shapes:
-        returns: [B, n] int64, rows of ``span_rows`` (any where the mask is False); [B, n] bool
-    """
-    counts = batch.span_mask.sum(1, keepdim=True)
-    n = min(most, batch.span_mask.shape[1])
-    places = torch.arange(n, device=counts.device).unsqueeze(0)
-    mask = places < counts
-    index = torch.where(counts > n, places * counts // n, places)
-    index = index + counts.cumsum(0) - counts
-    return torch.where(mask, index, 0), mask
-
-
-def nothing(output: StudentOutput) -> LossValue:
-    """The value of a batch without a position for a term: 0 over 0, and still something to differentiate."""
-    return masked_sum(output.hidden[:0])
-
-
-def _chosen(batch: DistillBatch, most: int) -> int:
-    return int(batch.span_mask.sum(1).clamp(max=most).sum())
 
 
 # --- feature and layerwise ------------------------------------------------------------------------------------------
@@ -175,8 +116,8 @@ def _feature(name: str, weight: float, layers, taps: int, last: bool, mixture: d
         pairs = pairs_of(setup, layers, taps)
         if layers is None:
             pairs = pairs[-1:] if last else (pairs[:-1] or pairs)
-        part = FeaturePart(pairs, *_widths(setup), **mixture)
-        return {"value": part, "needs": _states(pairs)}
+        part = FeaturePart(pairs, *widths_of(setup), **mixture)
+        return {"value": part, "needs": states_needed(pairs)}
 
     return LossTerm(
         name=name,
@@ -189,7 +130,7 @@ def _feature(name: str, weight: float, layers, taps: int, last: bool, mixture: d
 
 
 def feature_term(
-    weight: float = 0.05,
+    weight: float = 1.5,
     *,
     layers: LayerMap | None = None,
     experts: int | None = None,
@@ -215,7 +156,7 @@ def feature_term(
 
 
 def layerwise_term(
-    weight: float = 0.05,
+    weight: float = 1.5,
     *,
     layers: LayerMap | None = None,
     taps: int = 4,
@@ -257,7 +198,7 @@ def standardised_within(states: Tensor, mask: Tensor) -> Tensor:
     return centred * (variance + floor).rsqrt()
 
 
-def relation_term(weight: float = 0.02, *, layers: LayerMap | None = None) -> LossTerm:
+def relation_term(weight: float = 0.4, *, layers: LayerMap | None = None) -> LossTerm:
     """Do the student's states lie to each other as the teacher's do? Needs no projector.
 
     Per window: the mean squared difference between the cosines of all pairs of (at most 128) spans, in [0, 4], with
@@ -273,7 +214,7 @@ def relation_term(weight: float = 0.02, *, layers: LayerMap | None = None) -> Lo
     layers = given_layers("relation_term", layers)
 
     def build(setup: Setup) -> dict:
-        ours, theirs = _one(pairs_of(setup, layers, 1), "relation_term")
+        ours, theirs = one_pair(pairs_of(setup, layers, 1), "relation_term")
 
         def value(output: StudentOutput, signal: TeacherSignal, batch: DistillBatch) -> LossValue:
             index, mask = spread_spans(batch, _RELATION_SPANS)
@@ -283,7 +224,7 @@ def relation_term(weight: float = 0.02, *, layers: LayerMap | None = None) -> Lo
             teacher = standardised_within(signal.states[theirs][index], mask)
             return masked_sum(gram_distance(student, teacher, mask), mask.sum(1) >= _RELATION_LEAST)
 
-        return {"value": value, "needs": _states([(ours, theirs)])}
+        return {"value": value, "needs": states_needed([(ours, theirs)])}
 
     return LossTerm(
         name="relation",
@@ -300,7 +241,7 @@ def relation_term(weight: float = 0.02, *, layers: LayerMap | None = None) -> Lo
 
 
 def attention_term(
-    weight: float = 0.02,
+    weight: float = 0.4,
     *,
     layers: LayerMap | None = None,
     relation: tuple[str, ...] = ("q", "k", "v"),
@@ -333,7 +274,7 @@ def attention_term(
         raise ValueError(f"attention_term: expected at least one head, got heads={heads}")
 
     def build(setup: Setup) -> dict:
-        ours, theirs = _one(pairs_of(setup, layers, 1), "attention_term")
+        ours, theirs = one_pair(pairs_of(setup, layers, 1), "attention_term")
         widths = attention_widths(setup.student, ours), attention_widths(setup.teacher, theirs)
         split = {r: common_heads(*(w[r] for w in widths), most=heads) for r in relation}
 
@@ -366,7 +307,7 @@ def attention_term(
         weight=weight,
         **RANGES["attention"],
         build=build,
-        over=lambda batch: _chosen(batch, _ATTENTION_ROWS),
+        over=lambda batch: chosen_spans(batch, _ATTENTION_ROWS),
         settings={"layers": plain_layers(layers), "relation": list(relation), "heads": heads},
     )
 
@@ -401,11 +342,11 @@ def contrasted(batch: DistillBatch) -> int:
     """How many spans of a batch can be told apart from spans of other documents; 0 where they are too few."""
     spans = batch.span_mask.sum(1)
     documents = len(torch.unique(batch.document[spans > 0]))
-    chosen = _chosen(batch, _CONTRAST_SPANS)
+    chosen = chosen_spans(batch, _CONTRAST_SPANS)
     return chosen if documents > 1 and chosen >= _CONTRAST_LEAST else 0
 
 
-def contrastive_term(weight: float = 0.01, *, layers: LayerMap | None = None, temperature: float = 0.1) -> LossTerm:
+def contrastive_term(weight: float = 0.3, *, layers: LayerMap | None = None, temperature: float = 0.1) -> LossTerm:
     """Can a span's teacher state be picked out of those of other documents by the student's? InfoNCE over ln M.
 
     1 at random, 0 when every span is told apart. Candidates are the (at most 64 per window) spans of the same batch,
@@ -427,8 +368,8 @@ def contrastive_term(weight: float = 0.01, *, layers: LayerMap | None = None, te
         raise ValueError(f"contrastive_term: expected a temperature above 0, got {temperature}")
 
     def build(setup: Setup) -> dict:
-        pair = _one(pairs_of(setup, layers, 1), "contrastive_term")
-        return {"value": ContrastPart(pair, *_widths(setup), temperature), "needs": _states([pair])}
+        pair = one_pair(pairs_of(setup, layers, 1), "contrastive_term")
+        return {"value": ContrastPart(pair, *widths_of(setup), temperature), "needs": states_needed([pair])}
 
     return LossTerm(
         name="contrastive",
@@ -440,54 +381,3 @@ def contrastive_term(weight: float = 0.01, *, layers: LayerMap | None = None, te
         settings={"layers": plain_layers(layers), "temperature": temperature},
         empty=f"a batch needs {_CONTRAST_LEAST} scored spans from at least two documents; raise batch_size",
     )
-
-
-# --- layers and widths ----------------------------------------------------------------------------------------------
-
-
-def pairs_of(setup: Setup, layers: LayerMap | None, taps: int) -> tuple[tuple[int, int], ...]:
-    """Pairs of (student layer, teacher layer): proportional ones, or those given by hand once they are checked."""
-    depths = len(layers_of(setup.student)), len(layers_of(setup.teacher))
-    if layers is None:
-        return layer_map(*depths, taps=taps)
-    return check_layer_map(layers, *depths)
-
-
-def _one(pairs: tuple[tuple[int, int], ...], where: str) -> tuple[int, int]:
-    if len(pairs) != 1:
-        raise ValueError(f"{where}: expected layers= with one pair, got {len(pairs)}; pass {{student: teacher}}")
-    return pairs[0]
-
-
-def _widths(setup: Setup) -> tuple[int, int]:
-    return tuple(m.config.get_text_config().hidden_size for m in (setup.student, setup.teacher))
-
-
-def _states(pairs) -> Needs:
-    return Needs(
-        student_states=frozenset(ours for ours, _ in pairs), teacher_states=frozenset(theirs for _, theirs in pairs)
-    )
-
-
-def given_layers(where: str, layers: LayerMap | Iterable[tuple[int, int]] | None) -> LayerMap | None:
-    """A layer map given by hand as a dict, before the models are known.
-
-    Raises:
-        ValueError: none, or something else than pairs of whole numbers.
-    """
-    if layers is None:
-        return None
-    try:
-        pairs = {operator.index(ours): operator.index(theirs) for ours, theirs in dict(layers).items()}
-    except (TypeError, ValueError):
-        pairs = {}
-    if not pairs:
-        raise ValueError(
-            f"{where}: expected layers={{student layer: teacher layer}} with layers counted from 1, got {layers!r}"
-        )
-    return pairs
-
-
-def plain_layers(layers: LayerMap | None) -> dict | None:
-    """A layer map as the record of a run keeps it."""
-    return None if layers is None else {str(ours): theirs for ours, theirs in layers.items()}

@@ -21,6 +21,7 @@ from helpers import teacher as embedded_teacher_of
 from kd_kit import kd_term, lm_term, span_term, state_terms
 from kd_kit.expert_terms import router_term
 from kd_kit.module import DistillModule, all_needs, settle_parts
+from kd_kit.parts import chosen_spans, spread_spans, student_ends
 from kd_kit.ranges import RANGES
 from kd_kit.state_terms import (
     attention_term,
@@ -29,9 +30,7 @@ from kd_kit.state_terms import (
     feature_term,
     layerwise_term,
     relation_term,
-    spread_spans,
     standardised_within,
-    student_ends,
 )
 from kd_kit.taps import Taps
 from kd_kit.teacher import LiveTeacher
@@ -258,7 +257,7 @@ def test_spread_spans(most, skipped):
             assert gaps.max() - gaps.min() <= 1, "evenly"
             assert gaps.min() >= 1
     assert not index[~mask].any()
-    assert state_terms._chosen(batch, most) == int(mask.sum())
+    assert chosen_spans(batch, most) == int(mask.sum())
 
 
 def test_student_ends_are_the_ends_of_spans():

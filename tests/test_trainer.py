@@ -931,20 +931,23 @@ def test_with_parts_resumed_is_uninterrupted_bit_for_bit(tmp_path, stops):
 
 def test_with_parts_a_run_goes_on_from_its_last_save_after_an_error(tmp_path):
     """In the same process, where parts and optimizer have a step behind them that the checkpoint has not."""
-    torch.manual_seed(5)
     whole = knowing(tmp_path / "whole", eval_every=1)
+    torch.manual_seed(5)  # parts have drawn their start by now
     whole.fit()
-    torch.manual_seed(5)
     trainer = knowing(tmp_path / "broken", eval_every=1)
-    for saved, killed in ((0, 2), (3, 5)):
-        trainer.callbacks = [Kill(killed)]
+
+    def killed_at(step: int) -> list[str]:
+        trainer.callbacks = [Kill(step)]
         with pytest.raises(Killed):
             trainer.fit()
         assert trainer.step == 0
         trainer.callbacks = []
-        if not saved:
-            torch.manual_seed(5)  # dropout starts again with the run, and nothing was saved that knows its state
-            trainer.fit(steps=3)
+        return [p.name for p in (tmp_path / "broken" / "ckpt").glob("step-*")]
+
+    assert killed_at(1) == [], "nothing is saved: all starts again, the parts too"
+    torch.manual_seed(5)
+    trainer.fit(steps=3)
+    assert max(killed_at(6)) < "step-00000006"
     trainer.fit()
     assert_same_run(whole, trainer)
     assert_same_tensors(whole.module.parts.state_dict(), trainer.module.parts.state_dict())

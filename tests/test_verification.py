@@ -77,8 +77,9 @@ def test_families(family, as_what):
         who: build_tiny(family if who == as_what else "llama", seed=i, spread=4.0, vocab=sizes[who] + 5 * i)
         for i, who in enumerate(sizes)
     }
-    terms = [kd.lm_term(), kd.kd_term(), kd.kd_term(method="projector", name="projector"), kd.span_term()]
-    terms += [kd.feature_term(), kd.relation_term(), kd.attention_term(), kd.contrastive_term()]
+    terms = [kd.kd_term(method=m, name=m) for m in ("bridge", "strict", "uld", "projector")]
+    terms += [kd.lm_term(), kd.kd_term(sampled=True, top_k=16, name="sampled"), kd.span_term(), kd.feature_term()]
+    terms += [kd.relation_term(), kd.attention_term(), kd.contrastive_term()]
     if models["teacher"].config.model_type == "qwen3_moe":
         terms.append(kd.router_term())
     found = kd.verify(pair(), models["teacher"], models["student"], terms, window=48)

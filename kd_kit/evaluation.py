@@ -146,7 +146,7 @@ def agreement(
     losses = {"top1": _top1, "top5": _top5, "kl": _kl}
     sums = {name: torch.zeros(len(losses), dtype=torch.float64) for name in students}
     positions = 0
-    reading = default_reading(teacher.bridge)
+    reading = default_reading(teacher.bridge, over="aligned")
     asked = teacher.asked(Needs((reading,)))
     with contextlib.ExitStack() as modes:
         for student in students.values():
@@ -155,10 +155,9 @@ def agreement(
             positions += len(batch.aligned_rows)
             batch = batch.to(teacher.device)
             found = asked.signal(batch).cells[reading.key]
-            aligned = batch.prefix[:, 0] == 0
-            cells = torch.cat([found.log_probs, found.tail.unsqueeze(-1)], dim=-1)[aligned]
+            cells = torch.cat([found.log_probs, found.tail.unsqueeze(-1)], dim=-1)
             there = torch.ones(len(cells), dtype=torch.bool, device=cells.device)
-            given = Given(there, found.ids[aligned], cells)
+            given = Given(there, found.ids, cells)
             for name, student in students.items():
                 device = next(student.parameters()).device
                 rows = batch.aligned_rows.to(device)

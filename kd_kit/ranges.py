@@ -14,7 +14,8 @@ RANGES: dict[str, dict] = {
         "healthy": (1.0, 6.0),
         "impossible_below": 0.0,
         "impossible_above": 13.5,
-        "source": "2-6 for pretrained students; ln V (7.6 for 2,048 tokens, 12.5 for 262,144) at a uniform guess",
+        "source": "2-6 for pretrained students; ln V (7.6 for 2,048 tokens, 12.5 for 262,144) at a uniform guess; "
+        "here 7.7 at the start, 3.4 after 300 steps",
     },
     "kd": {
         "unit": "nats/token",
@@ -22,14 +23,14 @@ RANGES: dict[str, dict] = {
         "impossible_below": 0.0,
         "impossible_above": 10.0,
         "floor": 0.0,
-        "source": "0.5-3 at the start for pretrained students, up to 8 for untrained ones; 0.1-3 later",
+        "source": "0.5-3 at the start for pretrained students, up to 8 for untrained ones; 0.1-3 later; here 4.5, 0.57",
     },
     "span": {
         "unit": "nats/span",
         "healthy": (0.0, 2.0),
         "impossible_below": 0.0,
         "floor": 0.0,
-        "source": "0-1 at the start, 0-0.5 later for pretrained students",
+        "source": "0-1 at the start, 0-0.5 later for pretrained students; here 7.2, 0.68",
     },
     "feature": {
         "unit": "1 - cos",
@@ -37,7 +38,7 @@ RANGES: dict[str, dict] = {
         "impossible_below": 0.0,
         "impossible_above": 2.0,
         "floor": 0.0,
-        "source": "0 is one direction, 1 none in common; the start is least squares",
+        "source": "0 is one direction, 1 none in common; the start is least squares; here 0.76, 0.26",
     },
     "layerwise": {
         "unit": "1 - cos",
@@ -45,7 +46,7 @@ RANGES: dict[str, dict] = {
         "impossible_below": 0.0,
         "impossible_above": 2.0,
         "floor": 0.0,
-        "source": "as feature",
+        "source": "as feature; here 0.66, 0.19",
     },
     "relation": {
         "unit": "mse of cosines",
@@ -53,7 +54,7 @@ RANGES: dict[str, dict] = {
         "impossible_below": 0.0,
         "impossible_above": 4.0,
         "floor": 0.0,
-        "source": "0.02-0.3 at the start, 0.01-0.2 later",
+        "source": "0.02-0.3 at the start, 0.01-0.2 later; here 0.054, 0.014",
     },
     "attention": {
         "unit": "KL / ln row",
@@ -61,21 +62,23 @@ RANGES: dict[str, dict] = {
         "impossible_below": 0.0,
         "impossible_above": 20.0,
         "floor": 0.0,
-        "source": "0.4-0.7 between untrained models of usual width, 0.05-0.5 later",
+        "source": "0.52 between SmolLM2-135M and an untrained student; narrow models relate every token to all others "
+        "alike, so here 0.046, 0.035",
     },
     "contrastive": {
         "unit": "/ ln candidates",
         "healthy": (0.02, 0.9),
         "impossible_below": 0.0,
         "impossible_above": 4.0,
-        "source": "1 at random, 0.2-0.6 for pretrained students",
+        "source": "1 at random; the start is least squares; here 0.75, 0.15",
     },
     "router": {
         "unit": "KL / ln X",
         "healthy": (0.0, 0.3),
         "impossible_below": 0.0,
         "impossible_above": 5.0,
-        "source": "0-0.5 at the start, 0-0.3 later; 1 is a uniform guess about a teacher that is certain",
+        "source": "1 is a uniform guess about a teacher that is certain; here 0.10, 0.027; 0.002 for "
+        "SmolLM2-135M upcycled, whose routers were drawn at random",
     },
 }
 """By the name of the term."""

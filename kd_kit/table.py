@@ -46,7 +46,7 @@ class Table:
         body = "".join(row("td", texts) for texts in self.rows)
         return (
             f"<div>{html.escape(self.title)}<table><thead>{row('th', self.columns)}</thead>"
-            f"<tbody>{body}</tbody></table>{html.escape(self.note)}</div>"
+            f'<tbody>{body}</tbody></table><span style="white-space:pre-line">{html.escape(self.note)}</span></div>'
         )
 
 

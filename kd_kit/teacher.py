@@ -150,9 +150,9 @@ class LiveTeacher:
         return out.view(b, c)
 
 
-def default_reading(bridge: Bridge, top_k: int = 64) -> BridgeReading:
-    """What a teacher is asked for when nobody says otherwise: the largest cells over the bridge."""
-    return BridgeReading("bridge", bridge, min(top_k, bridge.student_size))
+def default_reading(bridge: Bridge, *, over: str = "taught") -> BridgeReading:
+    """What a teacher is asked for when nobody says otherwise: the 64 largest cells over the bridge."""
+    return BridgeReading("bridge", bridge, min(64, bridge.student_size), over=over)
 
 
 def _rows_of(reading, batch: DistillBatch) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from kd_kit import routing
 from kd_kit.data import DistillData
 from kd_kit.kd_terms import kd_term
 from kd_kit.models import check_model
@@ -117,6 +118,9 @@ def build_trainer(
         check_model(teacher, data.pair.teacher_vocab, data.window, "teacher")
         setup = Setup(student, teacher, data.pair)
         terms = [t.bound(setup) for t in terms]
+        if more_experts is not None:
+            with routing.more_experts(teacher, more_experts):
+                pass  # refuses what the teacher cannot do before anything long begins
         # also without a term that needs it: to be compared with
         live = LiveTeacher(teacher, data.pair.bridge, all_needs(terms), more_experts=more_experts)
     settings = {

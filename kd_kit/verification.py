@@ -58,17 +58,31 @@ class Verification:
 
     @property
     def table(self) -> Table:
-        lines = tuple((*texts, "ok" if held else "FAILED") for *texts, held in self.rows)
-        failed = sum(not held for *_, held in self.rows)
+        """One line per thing that must hold, with its worst term; every failure on a line of its own, first."""
+        lines = [(check, term, found, most, "FAILED") for check, term, found, most, held in self.rows if not held]
+        held = [row for row in self.rows if row[-1]]
+        for check in dict.fromkeys(row[0] for row in held):
+            terms = [row[1] for row in held if row[0] == check]
+            worst = max((row for row in held if row[0] == check), key=lambda row: _size(row[2]))
+            lines.append((check, ", ".join(terms), worst[2], worst[3], "ok"))
+        failed = len(self.rows) - len(held)
         note = f"-> {failed} of {len(self.rows)} checks failed" if failed else f"-> all {len(self.rows)} checks hold"
-        columns = ("what must hold", "term", "found", "at most", "")
-        return Table("", columns, lines, "\n".join([*self.notes, note]), words=("what must hold", "term", ""))
+        columns = ("what must hold", "terms", "worst found", "at most", "")
+        words = ("what must hold", "terms", "")
+        return Table("", columns, tuple(lines), "\n".join([*self.notes, note]), words)
 
     def __repr__(self) -> str:
         return str(self.table)
 
     def _repr_html_(self) -> str:
         return self.table._repr_html_()
+
+
+def _size(found: str) -> float:
+    try:
+        return abs(float(found))
+    except ValueError:  # in words
+        return 0.0
 
 
 def verify(

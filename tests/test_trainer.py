@@ -1222,7 +1222,7 @@ def test_a_term_that_sometimes_has_something_to_look_at_is_no_alarm(tmp_path):
         unit="",
         healthy=(0, 1),
         value=lambda output, signal, batch: LossValue(output.hidden.sum() * 0, torch.tensor(1.0)),
-        over=lambda batch: int(next(calls) % 5 == 4),
+        over=lambda batch: int(next(calls) % 5 == 1),
     )
     trainer = make_trainer(tmp_path / "run", terms=[lm_term(0.9), own], steps=20, eval_every=20)
     trainer.fit()
@@ -1275,3 +1275,10 @@ def test_a_second_pass_with_more_experts_is_another_teacher(tmp_path):
     again = make_trainer(tmp_path / "more", terms=terms, steps=2, more_experts=6)
     again.resume()
     assert again.step == 2
+
+
+@pytest.mark.parametrize(("wanted", "said"), [(0, "an integer from 1 to 8"), (9, "an integer from 1 to 8")])
+def test_more_experts_than_there_are_is_refused_before_training(tmp_path, wanted, said):
+    with pytest.raises(ValueError, match=f"more_experts: expected {said}, got {wanted}"):
+        make_trainer(tmp_path / "run", more_experts=wanted)
+    assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ class RoutingHead(nn.Module):
     def __init__(self, student_width: int, experts: int):
         super().__init__()
         self.student = Moments(student_width)
-        self.map = nn.Linear(student_width, experts)
+        self.map = nn.utils.skip_init(nn.Linear, student_width, experts)
         nn.init.zeros_(self.map.weight)
         nn.init.zeros_(self.map.bias)
         self.forget()

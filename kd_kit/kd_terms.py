@@ -6,6 +6,7 @@ compares the student with them in the shared pass over the student's head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -75,8 +76,9 @@ def kd_term(
         name: of the term, where a run has several of this kind.
 
     Raises:
-        ValueError: an unknown method, ``top_k`` below 1, ``temperature`` not positive, or settings that a method does
-            not know. When the trainer is built: K above the vocabulary, or tokenizers that the method does not suit.
+        ValueError: an unknown method, ``top_k`` below 1, ``temperature`` not positive, or a divergence, temperature or
+            ``sampled`` that does not go with the method. When the trainer is built: K above the vocabulary, or
+            tokenizers that the method does not suit.
 
     Source: Hinton, Vinyals, Dean 2015, section 2; the readings in :mod:`kd_kit.readings`
     """
@@ -84,7 +86,7 @@ def kd_term(
         raise ValueError(f"kd_term: expected method= one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"kd_term: expected top_k of at least 1, or None for all, got {top_k}")
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"kd_term: expected a temperature above 0, got {temperature}")
     plain = divergence is forward_kl and temperature == 1.0
     if method == "uld" and not plain:
@@ -218,10 +220,11 @@ class Projected(nn.Module):
                 "kd_term(method='projector'): expected tokens that both vocabularies have, to start from, got "
                 f"{len(both)}; use method='bridge'"
             )
-        of = student.weight.detach().double().cpu()[table[both]]
-        to = teacher.weight.detach().double().cpu()[both] * (teacher.scale / student.scale)
+        of = student.weight.detach().cpu()[table[both]].double()
+        to = teacher.weight.detach().cpu()[both].double() * (teacher.scale / student.scale)
         start = torch.linalg.lstsq(of, to, driver="gelsd").solution  # [D, E]
-        self.map = nn.Linear(start.shape[1], start.shape[0], bias=False)
+        # without drawing numbers that are overwritten: the caller's random state stays as it was
+        self.map = nn.utils.skip_init(nn.Linear, start.shape[1], start.shape[0], bias=False)
         with torch.no_grad():
             self.map.weight.copy_(start)
 
@@ -229,7 +232,7 @@ class Projected(nn.Module):
         """[n] float32: the divergence; with a gradient to the map from the mapped state's own cross-entropy."""
         given, head = rows.given["row_states"], rows.head
         with torch.autocast(rows.logits.device.type, enabled=False):
-            states = torch.where(given.there.unsqueeze(-1), given.states.float(), 0.0)
+            states = torch.where(given.there.unsqueeze(-1), given.states.detach().float(), 0.0)
             frozen = Head(
                 head.weight.detach().float(),
                 None if head.bias is None else head.bias.detach().float(),

@@ -75,11 +75,26 @@ class DistillModule(nn.Module):
 
     def values(self, output: StudentOutput, signal: TeacherSignal | None, batch: DistillBatch) -> dict[str, LossValue]:
         """{term: its sum over the batch}, with gradient."""
+        self._check(signal)
         values = self._row_values(output, signal, batch)
         for term in self.terms:
             if term.value is not None:
                 values[term.name] = term.value(output, signal, batch)
         return values
+
+    def _check(self, signal: TeacherSignal | None) -> None:
+        """A ValueError where the signal lacks something that a term needs."""
+        needs, given = self.needs, TeacherSignal() if signal is None else signal
+        lacking = [f"hidden states of layer {n}" for n in sorted(needs.teacher_states - given.states.keys())]
+        lacking += [f"attention of layer {n}" for n in sorted(needs.teacher_attention - given.attention.keys())]
+        lacking += [f"routing of layer {n}" for n in sorted(needs.routing - given.routing.keys())]
+        lacking += ["final states"] if needs.row_states and given.row_states is None else []
+        lacking += ["span likelihoods"] if needs.span_log_probs and given.span_log_probs is None else []
+        if lacking:
+            raise ValueError(
+                f"DistillModule: expected a signal with the teacher's {', '.join(lacking)}, got one without; ask the "
+                "teacher for what the terms need"
+            )
 
     def _row_values(
         self, output: StudentOutput, signal: TeacherSignal | None, batch: DistillBatch

@@ -94,7 +94,13 @@ def chosen_spans(batch: DistillBatch, most: int) -> int:
 
 
 def pairs_of(setup: Setup, layers: LayerMap | None, taps: int) -> tuple[tuple[int, int], ...]:
-    """Pairs of (student layer, teacher layer): proportional ones, or those given by hand once they are checked."""
+    """Pairs of (student layer, teacher layer): proportional ones, or those given by hand once they are checked.
+
+    A model that is its own student has every teacher layer of the map beside itself.
+    """
+    if layers is not None and setup.student is setup.teacher:
+        depth = len(layers_of(setup.teacher))
+        return check_layer_map({theirs: theirs for theirs in layers.values()}, depth, depth)
     depths = len(layers_of(setup.student)), len(layers_of(setup.teacher))
     if layers is None:
         return layer_map(*depths, taps=taps)

@@ -108,7 +108,7 @@ class Projector(nn.Module):
         super().__init__()
         self.student = Moments(student_width)
         self.teacher = Moments(teacher_width)
-        self.map = nn.Linear(student_width, teacher_width)
+        self.map = nn.utils.skip_init(nn.Linear, student_width, teacher_width)
         nn.init.zeros_(self.map.weight)
         nn.init.zeros_(self.map.bias)
         self.forget()
@@ -179,7 +179,7 @@ class KnowledgeRouter(nn.Module):
         self.active = active
         self.shared = Projector(student_width, teacher_width)
         generator = torch.Generator().manual_seed(seed)
-        self.gate = nn.Linear(student_width, experts, bias=False)
+        self.gate = nn.utils.skip_init(nn.Linear, student_width, experts, bias=False)
         self.maps = nn.Parameter(torch.zeros(experts, teacher_width, student_width))
         with torch.no_grad():
             self.gate.weight.normal_(std=student_width**-0.5, generator=generator)

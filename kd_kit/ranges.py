@@ -21,7 +21,7 @@ RANGES: dict[str, dict] = {
         "unit": "nats/token",
         "healthy": (0.05, 3.0),
         "impossible_below": 0.0,
-        "impossible_above": 10.0,
+        "impossible_above": 13.5,
         "floor": 0.0,
         "source": "0.5-3 at the start for pretrained students, up to 8 for untrained ones; 0.1-3 later; here 4.5, 0.57",
     },

@@ -142,6 +142,11 @@ class Needs:
     routing_scores: str | None = None
 
     def __or__(self, other: Needs) -> Needs:
+        if self.routing_scores and other.routing_scores and self.routing_scores != other.routing_scores:
+            raise ValueError(
+                f"router_term: expected one scores= for one teacher, got {self.routing_scores!r} and "
+                f"{other.routing_scores!r}; read what its routers do and use that in every term"
+            )
         known = {r.key: r for r in (*self.readings, *other.readings)}
         return Needs(
             tuple(known.values()),

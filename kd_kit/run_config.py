@@ -15,6 +15,7 @@ _FIXED = {
     "teacher": "the teacher",
     "student": "the student's shapes",
     "terms": "the loss terms",
+    "parts": "the layers, experts or method of a term with trained parts",
     "seed": "the seed",
     "accumulation": "the number of batches per step",
 }
@@ -22,7 +23,10 @@ _FIXED = {
 
 def run_config(trainer) -> dict:
     """The configuration of a run as plain JSON."""
-    shapes = {name: list(p.shape) for name, p in trainer.module.named_parameters()}
+    shapes = {name: list(p.shape) for name, p in trainer.student.named_parameters()}
+    # what a trained part looks at: its statistics and maps would be those of something else
+    looked_at = ("layers", "taps", "experts", "active", "scores", "method")
+    parts = {t.name: {k: t.settings[k] for k in looked_at if k in t.settings} for t in trainer.terms if t.part}
     teacher = None
     if trainer.teacher is not None:  # the same in any precision, and wherever it is kept
         model = trainer.teacher.model
@@ -38,6 +42,7 @@ def run_config(trainer) -> dict:
         "student": shapes,
         "start": trainer.start_fingerprint(),
         "terms": [t.name for t in trainer.terms],
+        "parts": parts,
         **{f"{t.name}.{k}": v for t in trainer.terms for k, v in ({"weight": t.weight} | dict(t.settings)).items()},
         "schedule": repr(trainer.schedule),
         "rates": repr(trainer.lr_schedule),

@@ -169,10 +169,12 @@ def layerwise_term(
 
     Args:
         layers: {student layer: teacher layer}, counted from 1; if left out, ``taps`` proportional pairs without the
-            last, which is the feature term's.
+            last, which is the feature term's (a model of one layer has no other).
 
     Source: TinyBERT, Jiao et al. 2019, section 3.1, https://arxiv.org/abs/1909.10351
     """
+    if layers is None and taps < 2:
+        raise ValueError(f"layerwise_term: expected taps of at least 2, the last being feature_term's, got {taps}")
     mixture = {"experts": experts, "active": active, "balance": balance, "z": z}
     return _feature("layerwise", weight, layers, taps, False, mixture)
 

@@ -227,7 +227,9 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, *, states: Iterable[int] = (), attention: Iterable[int] = ()):
-        layers = layers_of(model)
+        states, attention = tuple(states), tuple(attention)
+        # a model whose layers cannot be told apart may still be run without any of them
+        layers = layers_of(model) if states or attention else ()
         count = len(layers)
         self._body = body_of(model)
         self._last = count

@@ -524,7 +524,7 @@ class Trainer:
             {"name": "student", "params": [p for p in student if p.ndim < 2], "weight_decay": 0.0},
         ]
         for name in _RATES:
-            parts = [part for part in self.module.parts.values() if getattr(part, "group", "parts") == name]
+            parts = [part for part in self.module.parts.values() if _group_of(part) == name]
             own = [p for part in parts for p in part.parameters()]
             groups.append({"name": name, "params": own, "weight_decay": 0.0})
         for group in groups:
@@ -584,6 +584,12 @@ class Trainer:
     def _tell(self, hook: str) -> None:
         for callback in self.callbacks:
             getattr(callback, hook, lambda trainer: None)(self)
+
+
+def _group_of(part) -> str:
+    """Which parameter group a trained part of a term is in; its own word where that is one of ours."""
+    group = getattr(part, "group", "parts")
+    return group if group in _RATES else "parts"
 
 
 def _load_start(model, folder: Path) -> None:

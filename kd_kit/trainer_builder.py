@@ -119,6 +119,12 @@ def build_trainer(
         setup = Setup(student, teacher, data.pair)
         terms = [t.bound(setup) for t in terms]
         if more_experts is not None:
+            needs_all = all_needs(terms)
+            if not needs_all.readings and not needs_all.span_log_probs:
+                raise ValueError(
+                    f"build_trainer: expected a term that reads the teacher's next-token distribution beside "
+                    f"more_experts={more_experts}, got {names}; a second pass changes nothing else, so leave it out"
+                )
             with routing.more_experts(teacher, more_experts):
                 pass  # refuses what the teacher cannot do before anything long begins
         # also without a term that needs it: to be compared with

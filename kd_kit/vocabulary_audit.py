@@ -39,7 +39,8 @@ class Audit:
         homed_mass: the teacher's probability that has a home in the student's vocabulary, None without a teacher.
         kept_mass: {K: mass in the K largest cells}, None without a teacher.
         experts: of a mixture teacher, {layer: (load entropy over ln X, experts never chosen, largest share)} on this
-            text, per layer and never pooled; empty for a dense one. experts_note: why they could not be read.
+            text, per layer and never pooled; empty for a dense one.
+        experts_note: why they could not be read, or what the count leaves out.
     """
 
     positions: int
@@ -127,7 +128,7 @@ class Audit:
         for layer, (entropy, dead, largest) in self.experts.items():
             figures = f"{entropy:.2f} even, {dead} unused, largest {largest:.0%}"
             lines.append((f"load of the teacher's experts, layer {layer}", figures))
-        if self.experts_note:
+        if self.experts_note and not self.experts:
             lines.append(("load of the teacher's experts", "not read"))
         return lines
 
@@ -229,6 +230,8 @@ class _Routers:
         try:
             self.routing = find_routing(teacher)
             self.tap = RoutingTap(teacher)
+            if any("correction_bias" in name for name, _ in [*teacher.named_buffers(), *teacher.named_parameters()]):
+                self.note = "experts are counted by their scores alone; this family also steers the choice by a bias"
         except NoExperts:
             return
         except ValueError as error:

@@ -229,5 +229,5 @@ def test_repr_and_meta_name_the_range():
         "unit": "nats/token",
         "healthy": [0.05, 3.0],
         "impossible_below": 0.0,
-        "impossible_above": 10.0,
+        "impossible_above": 13.5,
     }

@@ -11,8 +11,8 @@ from conftest import build_tiny
 from helpers import pair, teacher, tiny_student
 
 import kd_kit as kd
-from kd_kit import verification
 from kd_kit.losses import forward_kl, jensen_shannon, reverse_kl, skew_kl
+from kd_kit.readings import Needs
 from kd_kit.terms import LossTerm
 from kd_kit.types import DistillBatch, LossValue
 
@@ -188,17 +188,38 @@ def test_a_teacher_that_half_precision_breaks_is_found():
     assert broken(found) == {"half-precision teacher"}
 
 
-def test_a_gradient_to_the_teacher_is_found(monkeypatch):
-    whole = verification.LiveTeacher.signal
+def test_a_gradient_to_the_teacher_is_found():
+    """A distance without a detach pulls the teacher to the student as well."""
 
-    def leaking(self, batch):
-        signal = whole(self, batch)
-        weight = torch.ones((), requires_grad=True)
-        return dataclasses.replace(signal, states={n: s * weight for n, s in signal.states.items()})
+    def both_ways(output, signal, batch: DistillBatch) -> LossValue:
+        ours = output.hidden.flatten(0, 1)[batch.span_rows[:, 0]].float()
+        return LossValue((ours.mean(-1) - signal.states[4].mean(-1)).square().sum(), torch.tensor(float(len(ours))))
 
-    monkeypatch.setattr(verification.LiveTeacher, "signal", leaking)
-    found = kd.verify(pair(), teacher(), tiny_student(), [kd.lm_term(), kd.feature_term()])
-    assert "no gradient reaches the teacher" in broken(found)
+    term = value_term(both_ways, needs=Needs(teacher_states=frozenset({4})))
+    found = kd.verify(pair(), teacher(), tiny_student(), [kd.lm_term(), kd.feature_term(), term])
+    assert {(what, name) for what, name, *_, held in found.rows if not held} == {
+        ("no gradient reaches the teacher", "mine")
+    }
+
+
+@pytest.mark.parametrize("layers", [{1: 4}, {2: 1}])
+def test_layers_paired_by_hand_hold_too(layers):
+    terms = [kd.feature_term(layers=layers), kd.relation_term(layers=layers), kd.attention_term(layers=layers)]
+    found = kd.verify(pair(), teacher(), tiny_student(), [*terms, kd.router_term(layers=layers)])
+    assert found.ok, found
+
+
+def test_a_student_deeper_than_its_teacher_holds_too():
+    deep = tiny_student(num_hidden_layers=6, layer_types=None)
+    found = kd.verify(pair(), teacher(), deep, [kd.feature_term(layers={6: 4}), kd.layerwise_term()])
+    assert found.ok, found
+
+
+def test_a_teacher_in_bfloat16_is_checked_in_bfloat16():
+    loud = copy.deepcopy(teacher()).to(torch.bfloat16)
+    loud.get_input_embeddings().register_forward_hook(lambda module, ids, out: out * 1e7)
+    found = kd.verify(pair(), loud, tiny_student(), [kd.lm_term()])
+    assert found.ok, found
 
 
 def test_models_that_do_not_fit_are_refused():

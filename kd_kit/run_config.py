@@ -85,7 +85,10 @@ def check_run(folder: Path, config: dict) -> str | None:
             "seed, or another model) are not used"
         )
     config["start"] = start or config["start"]
-    changed = [what for key, what in _FIXED.items() if before.get(key) != config[key]]
+    others = {key for key in _FIXED if before.get(key) != config[key]}
+    if "terms" in others:  # with other terms there are other parts: that need not be said
+        others.discard("parts")
+    changed = [what for key, what in _FIXED.items() if key in others]
     if changed:
         raise ValueError(
             f"build_trainer: expected the configuration of the run in {str(folder)!r}, got another one: "

@@ -48,7 +48,10 @@ def other_text():
         ({"terms": lambda: [lm_term()]}, "the loss terms"),
         ({"terms": lambda: [lm_term(), kd_term(), part_term()]}, "the loss terms"),
         ({"student": lambda: tiny_student(num_hidden_layers=1)}, "the student's shapes"),
-        ({"terms": lambda: [lm_term(0.1), kd_term(0.9, method="projector")]}, "the student's shapes"),
+        (
+            {"terms": lambda: [lm_term(0.1), kd_term(0.9, method="projector")]},
+            "the layers, experts or method of a term with trained parts",
+        ),
         ({"more_experts": 4}, "the teacher"),
         ({"seed": 1, "accumulation": 2}, "the seed, the number of batches per step"),
     ],
@@ -60,6 +63,18 @@ def test_a_run_that_would_not_be_the_same_is_refused(run, changes, said):
     ):
         make_trainer(run, **{k: v() if callable(v) else v for k, v in changes.items()})
     assert (run / "RUN.json").read_text() == before
+
+
+def test_other_layers_of_a_trained_part_are_refused(tmp_path):
+    """Its statistics and its map, found in the checkpoint, would be those of the layers before."""
+
+    def with_layers(layers):
+        return make_trainer(tmp_path / "run", terms=[lm_term(), feature_term(0.5, layers=layers)])
+
+    with_layers({2: 4})
+    with pytest.raises(ValueError, match="got another one: the layers, experts or method of a term with trained parts"):
+        with_layers({1: 4})
+    with_layers({2: 4})
 
 
 def test_what_may_change_is_said(run, capsys):

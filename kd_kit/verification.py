@@ -64,11 +64,12 @@ class Verification:
         for check in dict.fromkeys(row[0] for row in held):
             terms = [row[1] for row in held if row[0] == check]
             worst = max((row for row in held if row[0] == check), key=lambda row: _size(row[2]))
-            lines.append(("ok", check, ", ".join(terms), worst[2], worst[3]))
+            of = worst[1] if len(terms) == 1 else f"{worst[1]}, of {len(terms)}"
+            lines.append(("ok", check, of, worst[2], worst[3]))
         failed = len(self.rows) - len(held)
         note = f"-> {failed} of {len(self.rows)} checks failed" if failed else f"-> all {len(self.rows)} checks hold"
-        columns = ("", "what must hold", "terms", "worst found", "at most")
-        words = ("what must hold", "terms", "")
+        columns = ("", "what must hold", "worst term", "found", "at most")
+        words = ("what must hold", "worst term", "")
         return Table("", columns, tuple(lines), "\n".join([*self.notes, note]), words)
 
     def __repr__(self) -> str:

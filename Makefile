@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test real-test lint bench clean
+.PHONY: demo test real-test browser-test lint bench clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
@@ -14,6 +14,11 @@ test: $(READY)  ## all tests
 
 real-test: $(READY)  ## real tokenizers: 160 MB of packages, kept in ~/.cache/kd_kit_real (or KD_KIT_REAL)
 	$(BIN)/python -m pytest tests/real
+
+browser-test: $(READY)  ## the notebook with widgets in JupyterLab and a headless Chromium; pictures in build/browser/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,browser]'
+	$(BIN)/python tests/browser/chromium.py
+	$(BIN)/python -m pytest tests/browser
 
 lint: $(READY)
 	$(BIN)/ruff check kd_kit tests

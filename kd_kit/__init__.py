@@ -1,18 +1,20 @@
 """kd_kit: distil a language model into a smaller one with another tokenizer, cell by cell, and see why it learns."""
 
 from kd_kit import losses
-from kd_kit.callbacks import Callback
+from kd_kit.balance import fixed, gradient_share
+from kd_kit.callbacks import Callback, EarlyStopping
 from kd_kit.checkpoint import inspect_checkpoint
 from kd_kit.dashboard import build_dashboard
 from kd_kit.data import build_data
 from kd_kit.evaluation import agreement, evaluate, score
 from kd_kit.expert_terms import router_term
 from kd_kit.kd_terms import kd_term, span_term
+from kd_kit.learning_rate import LearningRate, cosine
 from kd_kit.models import build_student, build_teacher, build_tokenizers, export
 from kd_kit.plots import loss_figure, loss_table
 from kd_kit.sample import compare_text
 from kd_kit.session import build_session
-from kd_kit.stages import LearningRate, Schedule, constant, piecewise
+from kd_kit.stages import Schedule, constant, curriculum, piecewise, progressive, two_stage
 from kd_kit.state_terms import attention_term, contrastive_term, feature_term, layerwise_term, relation_term
 from kd_kit.terms import LossTerm, lm_term
 from kd_kit.trainer_builder import build_trainer
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Callback",
+    "EarlyStopping",
     "LearningRate",
     "LossTerm",
     "Schedule",
@@ -39,9 +42,13 @@ __all__ = [
     "compare_text",
     "constant",
     "contrastive_term",
+    "cosine",
+    "curriculum",
     "evaluate",
     "export",
     "feature_term",
+    "fixed",
+    "gradient_share",
     "inspect_checkpoint",
     "kd_term",
     "layerwise_term",
@@ -50,9 +57,11 @@ __all__ = [
     "loss_table",
     "losses",
     "piecewise",
+    "progressive",
     "relation_term",
     "router_term",
     "score",
     "span_term",
+    "two_stage",
     "verify",
 ]

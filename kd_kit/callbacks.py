@@ -24,6 +24,55 @@ class Callback:
         """The loop has ended; ``trainer.stop_reason`` says why."""
 
 
+class EarlyStopping(Callback):
+    """Stops a run whose held-out bits per byte have not become less for a while; the best weights are kept.
+
+    Holds no state of its own: everything is read from the run's history, so a resumed run stops where the
+    uninterrupted one does. A run that it has stopped ends with the best weights in its student.
+
+    Args:
+        patience: evaluations in a row without a new best, of those after the grace. With a curriculum and few epochs
+            10 are too few: new terms coming in raise the others for a while.
+        grace: steps at the start that do not count; the warm-up if that is longer.
+
+    Raises:
+        ValueError: patience below 1 or a negative grace.
+    """
+
+    def __init__(self, patience: int = 20, *, grace: int = 1000):
+        if not (isinstance(patience, int) and patience >= 1 and grace >= 0):
+            raise ValueError(
+                f"EarlyStopping: expected patience of at least 1 and a grace of at least 0 steps, got {patience!r} and "
+                f"{grace!r}"
+            )
+        self.patience = patience
+        self.grace = grace
+
+    def first_stop(self, trainer) -> int:
+        """The earliest step at which it could stop the run."""
+        return self._grace(trainer) + self.patience * trainer.settings["eval_every"]
+
+    def on_evaluate(self, trainer) -> None:
+        steps, bits = trainer.history.evaluations()
+        start = self._grace(trainer)
+        counted = [(b, s) for s, b in zip(steps, bits, strict=True) if s >= start]
+        if not counted or trainer.step >= trainer.total_steps:
+            return
+        at = min(counted)[1]  # of equal ones the earliest
+        since = sum(1 for _, step in counted if step > at)
+        if since >= self.patience and trainer.stop_reason is None:
+            trainer.stopped_early = True
+            trainer.stop_reason = "stopped early"
+            text = f"no new best in {since} evaluations; the student gets the weights of step {trainer.best_step:,}"
+            trainer.history.append({"kind": "event", "step": trainer.step, "what": "stage", "text": text})
+
+    def _grace(self, trainer) -> int:
+        return max(self.grace, trainer.lr_schedule.warmup_steps(trainer.planned_steps))
+
+    def __repr__(self) -> str:
+        return f"EarlyStopping(patience={self.patience}, grace={self.grace})"
+
+
 class PrintLines(Callback):
     """A line at most every ``every`` steps, one per evaluation and one per event, so that a log stays readable.
 
@@ -50,15 +99,15 @@ class PrintLines(Callback):
             return
         self._next = trainer.step - trainer.step % self.every + self.every
         record = trainer.history.last("train")
-        values = "  ".join(
-            f"{name} {term['value']:.3f} (x{term['weight']:.2f})"
-            for name, term in record["terms"].items()
-            if term["value"] is not None
-        )
+        there = {name: term for name, term in record["terms"].items() if term["value"] is not None}
+        if len(there) <= 3:
+            values = "  ".join(f"{name} {t['value']:.3f} (x{t['weight']:.2f})" for name, t in there.items())
+        else:  # one line of a notebook holds no more
+            values = "  ".join(f"{name} {t['value']:.3g}" for name, t in there.items())
         rate = next(iter(record["lr"].values()))
         self.print(
             f"step {record['step']:>6,}  total {record['total']:.3f} = {values}  lr {rate:.1e}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  {time.strftime('%H:%M:%S')}"
+            f"{record['tokens_per_second']:,.0f} tok/s  {time.strftime('%H:%M')}"
         )
 
     def on_evaluate(self, trainer) -> None:

@@ -86,7 +86,12 @@ class RouterPart(Part):
 
 
 def router_term(
-    weight: float = 0.3, *, layers: LayerMap | None = None, taps: int = 2, scores: str | None = None
+    weight: float = 0.3,
+    *,
+    layers: LayerMap | None = None,
+    taps: int = 2,
+    scores: str | None = None,
+    name: str = "router",
 ) -> LossTerm:
     """Does the student's state tell which experts the teacher would use? KL over experts / ln X, in nats per ln X.
 
@@ -98,6 +103,7 @@ def router_term(
             pairs, each moved to the nearest teacher layer that has a router.
         scores: what the teacher's routers make of their logits, for a family that :func:`kd_kit.routing.find_routing`
             does not list.
+        name: of the term, where a run has several of this kind.
 
     Raises:
         ValueError: when the trainer is built: a teacher without routers, or layers that have none.
@@ -130,7 +136,7 @@ def router_term(
         }
 
     return LossTerm(
-        name="router",
+        name=name,
         weight=weight,
         **RANGES["router"],
         build=build,

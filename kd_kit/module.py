@@ -6,11 +6,13 @@ the student, every trainable part of a term, and the head's loss all run inside 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from kd_kit.gradients import gradient_products, meeting_layer
 from kd_kit.head import Given, body_of, head_losses, head_of
 from kd_kit.readings import BridgeReading, Needs
 from kd_kit.reduce import masked_sum
@@ -32,25 +34,28 @@ class DistillModule(nn.Module):
         self.student = student
         self.terms = tuple(terms)
         self.needs = all_needs(terms)
+        self.meeting_layer = meeting_layer(self.needs)
         self.parts = nn.ModuleDict({t.name: t.part for t in terms if t.part is not None})
 
     def forward(
-        self, batch: DistillBatch, signal: TeacherSignal | None, scales: Sequence[float]
+        self, batch: DistillBatch, signal: TeacherSignal | None, scales: Sequence[float], measure: bool = False
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss to differentiate, and every term's sum over this batch.
 
         Args:
             scales: of every term, its weight over its count in the whole optimizer step. A term scaled by 0 is
                 measured and not differentiated.
+            measure: also compare the gradients of the terms, see :mod:`kd_kit.gradients`; costs about one pass
+                through the student per term.
 
         Shapes:
             returns: scalar, the scaled sums added up; sums [terms] float32 without gradient; and what else the terms
-                measured, {"term.name": sums}
+                measured, {"term.name": sums}, with "gradients" [terms, terms] where they were compared
 
         Raises:
             ValueError: the signal of another batch, or one that lacks what a term needs.
         """
-        output = self.output(batch)
+        output = self.output(batch, meet=measure)
         values = self.values(output, signal, batch)
         sums = [values[term.name].sum.float() for term in self.terms]
         used = [value * scale for value, scale in zip(sums, scales, strict=True) if scale != 0]
@@ -58,19 +63,28 @@ class DistillModule(nn.Module):
         extras = {
             f"{name}.{what}": v.detach().float() for name, value in values.items() for what, v in value.extras.items()
         }
+        if measure:
+            extras["gradients"] = gradient_products(values, [t.name for t in self.terms], output.point)
         return total, torch.stack(sums).detach(), extras
 
-    def output(self, batch: DistillBatch) -> StudentOutput:
-        """What the student computes for a batch, as far as the terms need it."""
-        needs = self.needs
-        taps = Taps(self.student, states=sorted(needs.student_states), attention=sorted(needs.student_attention))
-        with taps:
+    def output(self, batch: DistillBatch, *, meet: bool = False) -> StudentOutput:
+        """What the student computes for a batch, as far as the terms need it.
+
+        Args:
+            meet: keep the state at which the gradients of all terms meet, too.
+        """
+        needs, layer = self.needs, self.meeting_layer if meet else None
+        wanted = needs.student_states | ({layer} if layer else set())
+        taps = Taps(self.student, states=sorted(wanted), attention=sorted(needs.student_attention))
+        embedded = _Kept(self.student.get_input_embeddings()) if layer == 0 else contextlib.nullcontext()
+        with taps, embedded:
             hidden = body_of(self.student)(input_ids=batch.student_ids, use_cache=False).last_hidden_state
         return StudentOutput(
             hidden,
             head_of(self.student),
             {n: taps.states[n] for n in sorted(needs.student_states)},
             {n: taps.attention[n] for n in sorted(needs.student_attention)},
+            None if not meet else hidden if layer is None else taps.states[layer] if layer else embedded.output,
         )
 
     def values(self, output: StudentOutput, signal: TeacherSignal | None, batch: DistillBatch) -> dict[str, LossValue]:
@@ -138,6 +152,24 @@ class DistillModule(nn.Module):
                 states = states.new_zeros(1, states.shape[-1])
             out["row_states"] = Given(there, states=states[place])
         return out
+
+
+class _Kept:
+    """Keeps what a module gives out while ``with`` lasts."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self.output: Tensor | None = None
+
+    def __enter__(self) -> _Kept:
+        self._handle = self._module.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._handle.remove()
+
+    def _keep(self, module, args, output) -> None:
+        self.output = output
 
 
 def settle_parts(module: DistillModule, teacher, batches: Iterable[DistillBatch]) -> None:

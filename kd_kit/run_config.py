@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from kd_kit.head import head_of
+from kd_kit.student_weights import start_fingerprint
 
 # A run that goes on with another value of these would not be the same run.
 _FIXED = {
@@ -40,13 +41,14 @@ def run_config(trainer) -> dict:
         "data": trainer.data.fingerprint,
         "teacher": teacher,
         "student": shapes,
-        "start": trainer.start_fingerprint(),
+        "start": start_fingerprint(trainer.student),
         "terms": [t.name for t in trainer.terms],
         "parts": parts,
         **{f"{t.name}.{k}": v for t in trainer.terms for k, v in ({"weight": t.weight} | dict(t.settings)).items()},
         "schedule": repr(trainer.schedule),
         "rates": repr(trainer.lr_schedule),
-        "steps": trainer.total_steps,
+        "balance": repr(trainer.balance),
+        "steps": trainer.planned_steps,
         **trainer.settings,
     }
 
@@ -54,13 +56,14 @@ def run_config(trainer) -> dict:
 def check_run(folder: Path, config: dict) -> str | None:
     """The id of the run that lives in ``folder``; None if it is new.
 
+    A run of another configuration of which nothing was saved yet (a cell was changed and run again) makes place.
     A run keeps the start it has, whatever student is given to it later: the stored one is put into ``config``.
 
     What does not decide which sample meets which weights (rates, weights, steps, logging) may change between two
     sessions; a line says so.
 
     Raises:
-        ValueError: the folder holds a run of another configuration, or something that is no run.
+        ValueError: the folder holds checkpoints of a run of another configuration, or something that is no run.
     """
     path = folder / "RUN.json"
     if not path.exists():
@@ -85,6 +88,27 @@ def check_run(folder: Path, config: dict) -> str | None:
             "seed, or another model) are not used"
         )
     config["start"] = start or config["start"]
+    try:
+        refuse_other_run(folder, before, config)
+    except ValueError:
+        if any((folder / "ckpt").glob("*")):
+            raise
+        print(f"{folder.name}: nothing was saved here yet, so the run starts anew with the configuration given now")
+        for name in ("RUN.json", "metrics.jsonl", "initial.safetensors", "best.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+        return None
+    notes = changed_settings(before, config)
+    if notes:
+        print(f"{folder.name}: goes on with {', '.join(notes)}")
+    return run_id
+
+
+def refuse_other_run(folder: Path, before: dict, config: dict) -> None:
+    """Raise where two configurations are those of different runs.
+
+    Raises:
+        ValueError: names what differs.
+    """
     others = {key for key in _FIXED if before.get(key) != config[key]}
     if "terms" in others:  # with other terms there are other parts: that need not be said
         others.discard("parts")
@@ -94,14 +118,16 @@ def check_run(folder: Path, config: dict) -> str | None:
             f"build_trainer: expected the configuration of the run in {str(folder)!r}, got another one: "
             f"{', '.join(changed)} changed; go back to it, or give the new run another name: build_session(run=...)"
         )
-    notes = [
-        f"{k} {_short(before.get(k))} -> {_short(v)}"
-        for k, v in config.items()
-        if k not in _FIXED and before.get(k) != v
+
+
+def changed_settings(before: dict, config: dict) -> list[str]:
+    """What may change within a run and did, each as "name old -> new"."""
+    keys = [*config, *(key for key in before if key not in config)]
+    return [
+        f"{key} {_short(before.get(key))} -> {_short(config.get(key))}"
+        for key in keys
+        if key not in _FIXED and key != "start" and before.get(key) != config.get(key)
     ]
-    if notes:
-        print(f"{folder.name}: goes on with {', '.join(notes)}")
-    return run_id
 
 
 def _short(value) -> str:

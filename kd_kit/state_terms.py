@@ -99,17 +99,17 @@ class FeaturePart(Part):
         return LossValue(total, found.count, extras)
 
 
-def _feature(name: str, weight: float, layers, taps: int, last: bool, mixture: dict) -> LossTerm:
-    layers = given_layers(f"{name}_term", layers)
+def _feature(kind: str, name: str, weight: float, layers, taps: int, last: bool, mixture: dict) -> LossTerm:
+    layers = given_layers(f"{kind}_term", layers)
     experts, active = mixture["experts"], mixture["active"]
     if experts is not None and (experts < 2 or not 1 <= active <= experts):
         raise ValueError(
-            f"{name}_term: expected at least 2 experts and 1 <= active <= experts, got experts={experts} and "
+            f"{kind}_term: expected at least 2 experts and 1 <= active <= experts, got experts={experts} and "
             f"active={active}"
         )
     if not (mixture["balance"] >= 0 and mixture["z"] >= 0):
         raise ValueError(
-            f"{name}_term: expected balance and z of at least 0, got {mixture['balance']} and {mixture['z']}"
+            f"{kind}_term: expected balance and z of at least 0, got {mixture['balance']} and {mixture['z']}"
         )
 
     def build(setup: Setup) -> dict:
@@ -122,7 +122,7 @@ def _feature(name: str, weight: float, layers, taps: int, last: bool, mixture: d
     return LossTerm(
         name=name,
         weight=weight,
-        **RANGES[name],
+        **RANGES[kind],
         build=build,
         over="spans",
         settings={"layers": plain_layers(layers), "taps": taps} | mixture,
@@ -137,6 +137,7 @@ def feature_term(
     active: int = 2,
     balance: float = 0.01,
     z: float = 1e-3,
+    name: str = "feature",
 ) -> LossTerm:
     """1 - cosine between the student's last hidden state, mapped to the teacher's width, and the teacher's.
 
@@ -144,6 +145,7 @@ def feature_term(
         layers: {student layer: teacher layer}, counted from 1; last to last if left out.
         experts: X maps behind a gate (a knowledge router) instead of one. active: how many of them a span goes through.
         balance, z: weights of the gate's load balance and z-loss beside this term, in its own unit.
+        name: of the term, where a run has several of this kind.
 
     Raises:
         ValueError: when the trainer is built: a layer map that is out of range or not increasing.
@@ -152,7 +154,7 @@ def feature_term(
         https://arxiv.org/abs/1412.6550. For ``experts``: :class:`kd_kit.projectors.KnowledgeRouter`
     """
     mixture = {"experts": experts, "active": active, "balance": balance, "z": z}
-    return _feature("feature", weight, layers, 4, True, mixture)
+    return _feature("feature", name, weight, layers, 4, True, mixture)
 
 
 def layerwise_term(
@@ -164,19 +166,21 @@ def layerwise_term(
     active: int = 2,
     balance: float = 0.01,
     z: float = 1e-3,
+    name: str = "layerwise",
 ) -> LossTerm:
     """As :func:`feature_term` on the intermediate layers, the mean over them.
 
     Args:
         layers: {student layer: teacher layer}, counted from 1; if left out, ``taps`` proportional pairs without the
             last, which is the feature term's (a model of one layer has no other).
+        name: of the term, where a run has several of this kind, as groups of layers for :func:`kd_kit.progressive`.
 
     Source: TinyBERT, Jiao et al. 2019, section 3.1, https://arxiv.org/abs/1909.10351
     """
     if layers is None and taps < 2:
         raise ValueError(f"layerwise_term: expected taps of at least 2, the last being feature_term's, got {taps}")
     mixture = {"experts": experts, "active": active, "balance": balance, "z": z}
-    return _feature("layerwise", weight, layers, taps, False, mixture)
+    return _feature("layerwise", name, weight, layers, taps, False, mixture)
 
 
 # --- relation -------------------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ def standardised_within(states: Tensor, mask: Tensor) -> Tensor:
     return centred * (variance + floor).rsqrt()
 
 
-def relation_term(weight: float = 0.4, *, layers: LayerMap | None = None) -> LossTerm:
+def relation_term(weight: float = 0.4, *, layers: LayerMap | None = None, name: str = "relation") -> LossTerm:
     """Do the student's states lie to each other as the teacher's do? Needs no projector.
 
     Per window: the mean squared difference between the cosines of all pairs of (at most 128) spans, in [0, 4], with
@@ -209,6 +213,7 @@ def relation_term(weight: float = 0.4, *, layers: LayerMap | None = None) -> Los
 
     Args:
         layers: {student layer: teacher layer}, one pair; last to last if left out.
+        name: of the term, where a run has several of this kind.
 
     Source: Park et al. 2019, https://arxiv.org/abs/1904.05068; Tung and Mori 2019, https://arxiv.org/abs/1907.09682
     """
@@ -229,7 +234,7 @@ def relation_term(weight: float = 0.4, *, layers: LayerMap | None = None) -> Los
         return {"value": value, "needs": states_needed([(ours, theirs)])}
 
     return LossTerm(
-        name="relation",
+        name=name,
         weight=weight,
         **RANGES["relation"],
         build=build,
@@ -248,6 +253,7 @@ def attention_term(
     layers: LayerMap | None = None,
     relation: tuple[str, ...] = ("q", "k", "v"),
     heads: int = 8,
+    name: str = "attention",
 ) -> LossTerm:
     """Which earlier text does a span relate to? Relations among queries, among keys and among values.
 
@@ -262,6 +268,7 @@ def attention_term(
         relation: which of "q", "k", "v"; their mean.
         heads: relation heads, at most; as many as divide the widths of both models. Wide heads of large entries relate
             every token to itself alone: more, narrower heads then tell more.
+        name: of the term, where a run has several of this kind.
 
     Raises:
         ValueError: another ``relation``, no heads; when the trainer is built: attention modules without projections
@@ -305,7 +312,7 @@ def attention_term(
         }
 
     return LossTerm(
-        name="attention",
+        name=name,
         weight=weight,
         **RANGES["attention"],
         build=build,
@@ -348,7 +355,9 @@ def contrasted(batch: DistillBatch) -> int:
     return chosen if documents > 1 and chosen >= _CONTRAST_LEAST else 0
 
 
-def contrastive_term(weight: float = 0.3, *, layers: LayerMap | None = None, temperature: float = 0.1) -> LossTerm:
+def contrastive_term(
+    weight: float = 0.3, *, layers: LayerMap | None = None, temperature: float = 0.1, name: str = "contrastive"
+) -> LossTerm:
     """Can a span's teacher state be picked out of those of other documents by the student's? InfoNCE over ln M.
 
     1 at random, 0 when every span is told apart. Candidates are the (at most 64 per window) spans of the same batch,
@@ -358,6 +367,7 @@ def contrastive_term(weight: float = 0.3, *, layers: LayerMap | None = None, tem
     Args:
         layers: {student layer: teacher layer}, one pair; last to last if left out.
         temperature: of the cosines.
+        name: of the term, where a run has several of this kind.
 
     Raises:
         ValueError: a temperature that is not positive.
@@ -374,7 +384,7 @@ def contrastive_term(weight: float = 0.3, *, layers: LayerMap | None = None, tem
         return {"value": ContrastPart(pair, *widths_of(setup), temperature), "needs": states_needed([pair])}
 
     return LossTerm(
-        name="contrastive",
+        name=name,
         weight=weight,
         **RANGES["contrastive"],
         build=build,

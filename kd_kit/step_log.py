@@ -1,4 +1,4 @@
-"""What the steps of a run measured: kept on the device, moved to the host in one transfer, and judged in words."""
+"""What the steps of a run measured: kept on the device, moved to the host in one transfer, and put into records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kd_kit.history import History
+from kd_kit.alarms import Watch
+from kd_kit.gradients import pulls
+from kd_kit.history import History, verdict
 from kd_kit.terms import LossTerm
 
 
@@ -17,13 +19,15 @@ class StepLog:
 
     Args:
         history: where records and alarms go. terms: in the order of the sums.
+        meeting_point: where gradients are compared, in words. grace: see :class:`kd_kit.alarms.Watch`.
     """
 
-    def __init__(self, history: History, terms: Sequence[LossTerm]):
+    def __init__(self, history: History, terms: Sequence[LossTerm], *, meeting_point: str = "", grace: int = 0):
         self.history = history
         self.terms = tuple(terms)
+        self.meeting_point = meeting_point
+        self.watch = Watch(history, self.terms, grace)
         self._waiting: list[tuple[dict, dict, Tensor]] = []
-        self._said: set[str] = set()
 
     def add(
         self,
@@ -36,7 +40,9 @@ class StepLog:
         extras: Mapping[str, Tensor],
         tail: Tensor | None,
         tail_rows: int,
-        skipping: bool,
+        loss_scale: Tensor | None = None,
+        gradients: Tensor | None = None,
+        gradient_counts: Sequence[int] = (),
     ) -> None:
         """Take one optimizer step.
 
@@ -44,58 +50,70 @@ class StepLog:
             record: what the host knows already. shares, counts: of the terms.
             sums: [terms]. norm: of the student's gradient. extras: {"term.name": sums over the term's positions}.
             tail: the teacher's mass without a cell, summed over ``tail_rows`` positions; None without cells.
-            skipping: a norm that is not finite means a skipped step (and not that a scaler looks for its scale).
+            loss_scale: of fp16; None where losses are not scaled.
+            gradients: [terms, terms], :func:`kd_kit.gradients.gradient_products` of the step's first micro-batch, in
+                which the terms have ``gradient_counts`` positions; None where they were not compared.
         """
         known = {
             "shares": shares,
             "counts": dict(zip((t.name for t in self.terms), counts, strict=True)),
             "extras": {name: value.shape for name, value in extras.items()},
             "tail_rows": tail_rows if tail is not None else 0,
-            "skipping": skipping,
+            "scaled": loss_scale is not None,
+            "gradient_counts": None if gradients is None else list(gradient_counts),
         }
-        both = torch.stack([norm.float().to(sums.device), sums.new_zeros(()) if tail is None else tail])
-        self._waiting.append((record, known, torch.cat([sums, both, *(v.flatten() for v in extras.values())])))
+        none = sums.new_zeros(())
+        few = [norm, none if tail is None else tail, none if loss_scale is None else loss_scale]
+        tensors = [sums, torch.stack([t.float().to(sums.device) for t in few])]
+        tensors += [] if gradients is None else [gradients.flatten()]
+        self._waiting.append((record, known, torch.cat([*tensors, *(v.flatten() for v in extras.values())])))
 
-    def flush(self) -> bool:
-        """Write what has been collected. Returns whether there was anything."""
+    def flush(self) -> list[dict]:
+        """Write what has been collected. Returns the new records."""
         if not self._waiting:
-            return False
+            return []
         lengths = [len(values) for *_, values in self._waiting]
         rows = torch.cat([values for *_, values in self._waiting]).cpu().split(lengths)
-        broken: dict[str, list[int]] = {}
-        seen = set()
+        records = []
         for (record, known, _), row in zip(self._waiting, rows, strict=True):
-            sums, both, rest = row.split([len(self.terms), 2, len(row) - len(self.terms) - 2])
-            norm, tail = both.tolist()
-            terms = self._terms(known, sums.tolist(), rest)
+            count = len(self.terms)
+            sums, few, rest = row[:count].tolist(), row[count : count + 3].tolist(), row[count + 3 :]
+            compared = None
+            if known["gradient_counts"] is not None:
+                compared, rest = rest[: count * count].view(count, count).tolist(), rest[count * count :]
+            terms = self._terms(known, sums, rest)
             record["terms"] = terms
             record["total"] = sum(t["contribution"] for t in terms.values() if t["contribution"] is not None)
-            record["grad_norm"] = norm
-            record["tail_mass"] = tail / known["tail_rows"] if known["tail_rows"] else None
+            record["grad_norm"] = few[0]
+            record["tail_mass"] = few[1] / known["tail_rows"] if known["tail_rows"] else None
+            record["loss_scale"] = few[2] if known["scaled"] else None
+            if compared is not None:
+                record["gradients"] = self._gradients(known, compared, terms)
             self.history.append(record)
-            seen |= {name for name, term in terms.items() if term["count"]}
-            names = [n for n, t in terms.items() if t["value"] is not None and not math.isfinite(t["value"])]
-            if not names and known["skipping"] and not math.isfinite(norm):
-                names = ["the gradient"]
-            for name in names:
-                broken.setdefault(name, []).append(record["step"])
+            records.append(record)
         self._waiting.clear()
-        for term in self.terms:
-            if term.name not in seen and term.weight > 0:
-                self._say_once(f"{term.name} had nothing to look at: {term.empty}")
-        self._watch_experts()
-        for name, steps in broken.items():
-            self._say(f"{name} was not finite at {len(steps)} steps from {steps[0]:,} on; they were skipped", steps[-1])
-        return True
+        self.watch.look(records)
+        return records
 
     def _terms(self, known: dict, sums: list[float], rest: Tensor) -> dict:
-        """The record of every term: mean, weight, contribution, count, and what else it measured."""
+        """The record of every term: mean, verdict, weight, contribution, share, count, and what else it measured."""
         terms = {}
         for term, value in zip(self.terms, sums, strict=True):
-            count, share = known["counts"][term.name], known["shares"][term.name]
+            count, weight = known["counts"][term.name], known["shares"][term.name]
             mean = value / count if count else None
-            part = None if mean is None else share * mean
-            terms[term.name] = {"value": mean, "weight": share, "contribution": part, "count": count}
+            part = None if mean is None else weight * mean
+            terms[term.name] = {
+                "value": mean,
+                "verdict": verdict(term.meta, mean),
+                "weight": weight,
+                "contribution": part,
+                "count": count,
+            }
+        parts = [t["contribution"] for t in terms.values()]
+        whole = sum(abs(part) for part in parts if part is not None and math.isfinite(part))
+        for term, part in zip(terms.values(), parts, strict=True):
+            known_share = part is not None and math.isfinite(part) and whole > 0
+            term["share"] = part / whole if known_share else None
         for name, shape in known["extras"].items():
             term, what = name.rsplit(".", 1)  # a term may be named with dots
             found, rest = rest[: shape.numel()], rest[shape.numel() :]
@@ -103,24 +121,11 @@ class StepLog:
             terms[term].setdefault("extras", {})[what] = mean.tolist()
         return terms
 
-    def _watch_experts(self) -> None:
-        """An alarm for every gate that sends all spans to the same few experts."""
-        for name, term in self.history.last("train")["terms"].items():
-            loads = term.get("extras", {}).get("load", []) if term["count"] else []
-            for layer, load in enumerate(loads, start=1):
-                if max(load) > 0.8 or min(load) < 0.2 / len(load):
-                    shown = ", ".join(f"{share:.0%}" for share in load)
-                    self._say_once(
-                        f"{name}: the knowledge router of its pair {layer} has collapsed or lost an expert; raise "
-                        "balance= or lower experts=",
-                        f" (shares {shown})",
-                    )
-
-    def _say_once(self, text: str, figures: str = "") -> None:
-        """An alarm that holds from now on, the first time that it is seen."""
-        if text not in self._said:
-            self._said.add(text)
-            self._say(text + figures, self.history.last("train")["step"])
-
-    def _say(self, text: str, step: int) -> None:
-        self.history.append({"kind": "event", "step": step, "what": "alarm", "text": text})
+    def _gradients(self, known: dict, products: list[list[float]], terms: dict) -> dict:
+        """Put each term's part of the gradient into its record; returns what is about all of them."""
+        found = pulls(products, known["gradient_counts"], [known["shares"][t.name] for t in self.terms])
+        names = [t.name for t in self.terms]
+        for i, name in enumerate(names):
+            cosine = found.cosines[names.index("lm")][i] if "lm" in names and name != "lm" else None
+            terms[name] |= {"grad_norm": found.norms[i], "grad_share": found.shares[i], "cosine": cosine}
+        return {"at": self.meeting_point, "terms": names, "cosines": found.cosines}

@@ -29,12 +29,14 @@ class StudentOutput:
         head: the map from there to logits; apply it to few rows at a time.
         states: {layer: [B, T, D]}, hidden states of the layers that a term needs.
         attention: {layer: {"q" | "k" | "v": [B, T, width]}}, likewise.
+        point: [B, T, D], the state at which the gradients of all terms meet; None where they are not compared.
     """
 
     hidden: Tensor
     head: Head
     states: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    point: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,50 @@
 """The run: one loop that you can read, on accelerate.
 
 Per optimizer step: fetch the micro-batches, count every term's positions in all of them, ask the teacher, run the
-module forward and backward, clip, step, record. A run is a folder; ``fit()`` goes on where the folder says.
+module forward and backward, clip, step, record. A run is a folder; ``fit()`` goes on where the folder says. What a
+user wants of a run that is going on (stop, pause, save, evaluate) is looked at between two steps.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import math
+import threading
 import time
 import uuid
+import weakref
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 
 from kd_kit import checkpoint
-from kd_kit.callbacks import PrintLines
+from kd_kit.balance import Balance, fixed
+from kd_kit.callbacks import EarlyStopping, PrintLines
+from kd_kit.controls import Controls
 from kd_kit.data import DistillData
 from kd_kit.evaluation import score
+from kd_kit.gradients import place_name
 from kd_kit.history import History
-from kd_kit.module import DistillModule, settle_parts
-from kd_kit.run_config import check_run, run_config
+from kd_kit.learning_rate import LearningRate
+from kd_kit.module import DistillModule, all_needs, settle_parts
+from kd_kit.optimizer import build_optimizer, clip_gradients
+from kd_kit.run_config import changed_settings, check_run, refuse_other_run, run_config
 from kd_kit.run_lock import lock_run
 from kd_kit.session import Session, StopRequests, shown
-from kd_kit.stages import LearningRate, Schedule, constant
+from kd_kit.stages import Schedule, constant
 from kd_kit.step_log import StepLog
+from kd_kit.student_weights import (
+    is_owned,
+    load_weights,
+    mark_stepped,
+    own,
+    save_weights,
+    was_stepped,
+)
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, flatten_optimizer, restore_rng, unflatten_optimizer
 from kd_kit.terms import ROWS, LossTerm, lm_term
@@ -39,9 +54,8 @@ RECORD_EVERY = 10
 """Steps between two transfers of what was measured from the device to the host."""
 
 _MAX_SKIPPED = 20  # more than a gradient scaler needs to find its scale
-_STEPPED, _OWNER = "_kd_kit_stepped", "_kd_kit_owner"  # marks on a student: trained already, and by which trainer
-_RATES = {"parts": 5.0, "projectors": 5.0, "routers": 5.0}  # what is thrown away at the end may move faster
 _SETTLING_BATCHES = 16  # that the parts of the terms look at before the first step
+_RUNNING: weakref.WeakValueDictionary[str, Trainer] = weakref.WeakValueDictionary()  # loops of this process, by folder
 
 
 class Trainer:
@@ -51,8 +65,11 @@ class Trainer:
         step: optimizer steps done. total_steps: planned.
         history: everything measured, :class:`kd_kit.history.History`.
         control_history: of the LM-only control, once it exists.
+        best, best_step: the lowest held-out bits per byte so far, and the step it was seen at.
         callbacks: objects with the hooks of :class:`kd_kit.callbacks.Callback`.
         stop_reason: None while there is something to do; set it to stop the run after the step.
+        decay_from: the step at which the learning rate began to fall before its planned time; None if it did not.
+        floor_seconds: of a step at its least possible cost, once :func:`kd_kit.run_preflight` has measured it.
     """
 
     def __init__(
@@ -67,33 +84,43 @@ class Trainer:
         settings: dict,
         schedule: Schedule,
         lr_schedule: LearningRate,
+        balance: Balance | None = None,
+        early_stopping: EarlyStopping | None = None,
     ):
         self.session = session
         self.student = student
         self.teacher = teacher
         self.data = data
         self.terms = tuple(terms)
-        self.total_steps = total_steps
+        self.planned_steps = total_steps
         self.settings = settings
         self.schedule = schedule
         self.lr_schedule = lr_schedule
+        self.balance = balance or fixed()
         self.callbacks: list = [PrintLines(settings["log_every"])]
+        if early_stopping is not None:
+            self.callbacks.append(early_stopping)
         self.stop_reason: str | None = None
+        self.floor_seconds: float | None = None
+        self.controls = Controls()
+        self._loop: threading.Thread | None = None  # the one that trains now
+        self._background: threading.Thread | None = None
+        self._failure: BaseException | None = None
         self._control: History | None = None
         self._control_student = None
         self._holds_lock = False
         self._longest_pause = 0.0  # seconds that evaluation and saving took after one step, at most
         self._last_save = time.monotonic()
         self._save_seconds = 0.0
+        folder = session.folder
+        self._refuse_beside_a_running_one()
         self._prepare()
         self._parts_start = copy.deepcopy(self.module.parts.state_dict())
-
-        folder = session.folder
-        self.history = History(folder / "metrics.jsonl")
-        self._log = StepLog(self.history, self.terms)
         config = run_config(self)
         found = check_run(folder, config)
-        if found is None and getattr(student, _STEPPED, False):
+        self.history = History(folder / "metrics.jsonl")
+        self._log = self._new_log()
+        if found is None and was_stepped(student):
             raise ValueError(
                 f"build_trainer: expected an untouched student for the new run in {str(folder)!r}, got one that "
                 "another run has trained; build_student again"
@@ -103,7 +130,7 @@ class Trainer:
         if found is None:
             self._write_run()
         self._owner = object()
-        setattr(student, _OWNER, self._owner)
+        own(student, self._owner)
 
     def _prepare(self) -> None:
         """The state of a run before its first step: counters, module, optimizer, scaler."""
@@ -113,42 +140,112 @@ class Trainer:
         self.seconds = 0.0  # of training, over all sessions
         self.save_number = 0
         self.best: float | None = None
-        self._best_step: int | None = None
+        self.best_step: int | None = None
+        self.decay_from: int | None = None
+        self.stopped_early = False
+        self._norms: dict[str, float] = {}  # moving averages of the terms' gradient norms
         self._skipped_in_row = 0
         self._resumed = False
+        self._holds_best = False
         self.accelerator = self.session.engine()
         self.module = DistillModule(self.student, self.terms).to(self.session.device)
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), eps=1e-8)
+        self.optimizer = build_optimizer(
+            self.module, learning_rate=self.settings["learning_rate"], weight_decay=self.settings["weight_decay"]
+        )
         self._prepared, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
 
     # --- what is asked of it ------------------------------------------------------------------------------------
 
-    def fit(self, steps: int | None = None) -> str:
+    def fit(self, steps: int | None = None, *, background: bool = False) -> str:
         """Train to the end, or for ``steps`` more steps, from the newest good checkpoint of the run folder.
 
-        Ends early, having saved, when the session's time is over, on Interrupt or SIGTERM, or when a callback sets
-        ``stop_reason``. Calling it again goes on.
+        Ends early, having saved, when the session's time is over, on Interrupt or SIGTERM, or when a callback or
+        :meth:`stop` asks for it. Calling it again goes on.
+
+        Args:
+            background: train in a thread and give the notebook back at once, so that buttons act while it trains;
+                :meth:`wait` waits for the end and raises what went wrong. Random numbers that other cells draw
+                meanwhile are drawn from the same generators: a run with dropout is then not repeatable.
 
         Returns:
-            why it stopped, also in ``stop_reason``.
+            why it stopped, also in ``stop_reason``; "running" in the background.
+
+        Raises:
+            ValueError: it is training already.
         """
+        if self.running:
+            raise ValueError("Trainer.fit: expected a trainer at rest, got one that trains already; trainer.wait()")
+        self.controls.clear()
+        if not background:
+            return self._fit(steps)
+        self.resume()  # what is wrong with the folder shows in this cell
+        self.stop_reason, self._failure = None, None
+        self._background = threading.Thread(target=self._fit_behind, args=(steps,), name="kd_kit fit", daemon=True)
+        self._background.start()
+        return "running"
+
+    def wait(self, timeout: float | None = None) -> str | None:
+        """Wait for a run in the background, at most so many seconds.
+
+        Returns:
+            why it stopped; None if it still trains.
+
+        Raises:
+            whatever ended the run, if it failed.
+        """
+        if self._background is not None:
+            self._background.join(timeout)
+            if self._background.is_alive():
+                return None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        return self.stop_reason
+
+    @property
+    def running(self) -> bool:
+        """Whether it trains now, here or in the background."""
+        return self._loop is not None or (self._background is not None and self._background.is_alive())
+
+    def _fit_behind(self, steps: int | None) -> None:
+        try:
+            self._fit(steps)
+        except BaseException as error:  # said by wait(), in the thread of the user
+            self._failure = error
+            self.stop_reason = f"failed: {type(error).__name__}: {error}"
+            self._tell("on_stop")
+
+    def _fit(self, steps: int | None) -> str:
         with self._locked(), StopRequests() as requests:
+            if self._holds_best:
+                self._resumed = False  # what goes on goes on from the last weights, not from the best
             self.resume()
             self.stop_reason = None
             end = self.total_steps if steps is None else min(self.total_steps, self.step + steps)
-            if self.step < end:
+            early = self.stopped_early and self._early_stopping is not None
+            if self.step < end and not early:
+                self._loop = threading.current_thread()
+                _RUNNING[str(self.session.folder)] = self
                 try:
                     self._run_to(end, requests)
                 except BaseException:
                     self._prepare()  # a step may be half done: what goes on later goes on from the last checkpoint
-                    self._log = StepLog(self.history, self.terms)
+                    self._log = self._new_log()
                     raise
+                finally:
+                    self._loop = None
+                    _RUNNING.pop(str(self.session.folder), None)
             else:
                 self.stop_reason = "finished" if self.step >= self.total_steps else "paused"
+                hint = "other settings or more steps want a run of another name, or steps="
+                if early:
+                    self.stop_reason, hint = "stopped early", "build_trainer(early_stopping=None) goes on"
                 print(
                     f"{self.session.folder.name}: {self.stop_reason} at step {self.step:,} of {self.total_steps:,}, "
-                    "nothing is trained; other settings or more steps want a run of another name, or steps="
+                    f"nothing is trained; {hint}"
                 )
+            if self.stopped_early and self._early_stopping is not None:
+                self.load_best()
         return self.stop_reason
 
     def _run_to(self, end: int, requests: StopRequests) -> None:
@@ -163,22 +260,191 @@ class Trainer:
             self.settings["seed"], range(self.step * every, end * every), workers=self.settings["workers"]
         )
         self._last_save = time.monotonic()
-        while self.step < end and self.stop_reason is None:
+        while self.step < min(end, self.total_steps) and self.stop_reason is None:
             started = time.monotonic()
             self._train_step([next(batches) for _ in range(every)], started)
             trained = time.monotonic()
             self.seconds += trained - started
             self._after_step(end)
             self._longest_pause = max(self._longest_pause, time.monotonic() - trained)
-            if requests.reason:
-                self.stop_reason = requests.reason
-            elif self.stop_reason is None and self._time_is_over():
-                self.stop_reason = "the session's time is over"
+            self._heed(requests)
         self._flush()
         self.stop_reason = self.stop_reason or ("finished" if self.step >= self.total_steps else "paused")
         self.history.append({"kind": "event", "step": self.step, "what": "stopped", "text": self.stop_reason})
         self.save()
         self._tell("on_stop")
+
+    def _heed(self, requests: StopRequests) -> None:
+        """Between two steps: what the user, the session's clock and the system want."""
+        resting = False
+        while True:
+            for what in self.controls.take():
+                {"save": self._save_or_warn, "evaluate": self.evaluate_now, "decay": self._begin_decay}[what]()
+            if requests.reason or self.controls.stop_reason:
+                self.stop_reason = self.stop_reason or requests.reason or self.controls.stop_reason
+            elif self.stop_reason is None and self.step < self.total_steps and self._time_is_over():
+                self.stop_reason = "the session's time is over"
+            if self.stop_reason or not self.controls.paused:
+                break
+            if not resting:
+                resting = True
+                self._flush()
+                self._event("rests", "by request; trainer.go_on() ends it")
+                self._tell("on_log")
+            self.controls.rest(0.2)
+        if resting:
+            self._event("rests", "no longer")
+            self._tell("on_log")
+        if self.stop_reason is None and self.settings["finish_in_session"] and self._decay_is_due():
+            self._begin_decay()
+
+    # --- what can be asked of a run that is going on, from any thread -------------------------------------------
+
+    def stop(self, reason: str = "stopped by request") -> None:
+        """End a run that is going on after its step, saved, with this as its ``stop_reason``."""
+        self.controls.stop(reason)
+
+    def pause(self) -> None:
+        """Let a run rest after its step, until :meth:`go_on`; it can be saved, evaluated and stopped meanwhile."""
+        self.controls.pause()
+
+    def go_on(self) -> None:
+        """End a rest."""
+        self.controls.go_on()
+
+    def decay_now(self) -> None:
+        """Let the learning rate fall from here on, over as many steps as planned for that, and end the run there.
+
+        Source: the stable phase can be left at any step, Hu et al. 2024, section 4, https://arxiv.org/abs/2404.06395
+
+        Raises:
+            ValueError: the learning rate has no decay, or falls already.
+        """
+        start = self.lr_schedule.decay_start(self.planned_steps, self.decay_from)
+        if start is None:
+            raise ValueError(
+                f"Trainer.decay_now: expected a learning rate with a decay, got {self.lr_schedule}; pass "
+                "lr_schedule=kd.LearningRate(decay=0.2) to build_trainer"
+            )
+        if self.step >= start:
+            raise ValueError(f"Trainer.decay_now: the learning rate falls already, since step {start:,}")
+        if self._elsewhere():
+            return self.controls.want("decay")
+        self.resume()
+        self._begin_decay()
+
+    def _begin_decay(self) -> None:
+        """As :meth:`decay_now`, between two steps; nothing where the rate falls already."""
+        start = self.lr_schedule.decay_start(self.planned_steps, self.decay_from)
+        if start is not None and self.step < start:
+            self.decay_from = self.step
+            self._event("stage", f"the learning rate falls from here on; the run ends at step {self.total_steps:,}")
+            self._record_run()
+
+    def set_weights(self, **weights: float) -> None:
+        """Change the weights of some terms, from the next step on: ``trainer.set_weights(kd=0.5)``.
+
+        Raises:
+            ValueError: a name that no term has, a negative weight, or nothing left for the LM term.
+        """
+        known = {t.name: t.weight for t in self.terms}
+        unknown = [name for name in weights if name not in known]
+        if unknown:
+            raise ValueError(
+                f"Trainer.set_weights: expected terms out of {', '.join(known)}, got {', '.join(unknown)}; the terms "
+                "of a run are given to build_trainer"
+            )
+        terms = tuple(replace(t, weight=float(weights.get(t.name, t.weight))) for t in self.terms)
+        changed = {t.name: t.weight for t in terms}
+        if "lm" in changed and not changed["lm"] > 0 and any(t.taught and t.weight > 0 for t in terms):
+            raise ValueError(
+                "Trainer.set_weights: expected a weight above 0 for lm beside the teacher's terms, got 0; without it "
+                "nobody sees whether the student still learns the language"
+            )
+        self.schedule.check(changed)
+        self.balance.check(changed)
+        self.terms = terms
+        self._event("changed", ", ".join(f"weight of {n} {known[n]:g} -> {v:g}" for n, v in weights.items()))
+
+    def replace_terms(self, terms: Sequence[LossTerm]) -> str:
+        """Go on with these terms, bound to the models; see :func:`kd_kit.trainer_builder.change_terms`."""
+        self.resume()
+        if self._holds_best:
+            raise ValueError(
+                "Trainer: expected the weights of the last step, got the best ones, which load_best() put in their "
+                "place; build student and trainer again"
+            )
+        before = self.terms, self.teacher, run_config(self)
+        self.terms = tuple(terms)
+        if self.teacher is not None:
+            self.teacher = self.teacher.asked(all_needs(self.terms))
+        try:
+            config = run_config(self)
+            if self.step or self._steps_done():
+                refuse_other_run(self.session.folder, before[2], config)
+        except ValueError:
+            self.terms, self.teacher = before[:2]
+            raise
+        kept = self._state() if self.step else None
+        save_number = self.save_number
+        self._prepare()
+        self._parts_start = copy.deepcopy(self.module.parts.state_dict())
+        if kept is not None:
+            groups, state = kept
+            self._load(groups, state | {"save_number": save_number})
+        self._resumed = True
+        self._config = config | {"start": before[2]["start"] or self._config["start"]}
+        self._log = self._new_log()
+        self._write_run()
+        self._record_run()
+        changes = changed_settings(before[2], config)
+        text = ", ".join(changes) or "nothing"
+        if changes:
+            self._event("changed", text)
+        return text
+
+    def _elsewhere(self) -> bool:
+        """Whether the loop runs in another thread than this one."""
+        return self.running and threading.current_thread() not in (self._loop, self._background)
+
+    def _refuse_beside_a_running_one(self) -> None:
+        folder = str(self.session.folder)
+        if folder in _RUNNING or any(other.student is self.student for other in _RUNNING.values()):
+            raise ValueError(
+                f"build_trainer: expected a run at rest, got one that trains in the background in "
+                f"{folder!r}, or with this student; stop it first: trainer.stop(); trainer.wait()"
+            )
+
+    def shares_at(self, step: int) -> dict[str, float]:
+        """Share of the total of every term at an optimizer step (the first is 0), as things stand now.
+
+        One function for the step itself, for figures of the plan and for whatever weighs losses elsewhere.
+        """
+        weights = self.balance.weights({t.name: t.weight for t in self.terms}, self._norms)
+        return self.balance.floored(self.schedule.shares(weights, min(step / self.total_steps, 1.0)))
+
+    def rate_at(self, step: int) -> float:
+        """The student's learning rate at an optimizer step (the first is 0)."""
+        factor = self.lr_schedule.factor(step, self.planned_steps, self.decay_from)
+        return self.settings["learning_rate"] * factor
+
+    @property
+    def rate_factors(self) -> dict[str, float]:
+        """{parameter group: its rate relative to the student's}."""
+        return {group["name"]: group["rate_factor"] for group in self.optimizer.param_groups}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run: those planned, fewer where the decay was begun early."""
+        if self.decay_from is None:
+            return self.planned_steps
+        return self.decay_from + self.lr_schedule.decay_steps(self.planned_steps)
+
+    @property
+    def _early_stopping(self) -> EarlyStopping | None:
+        return next((c for c in self.callbacks if isinstance(c, EarlyStopping)), None)
+
+    # --- resuming and saving ------------------------------------------------------------------------------------
 
     def resume(self) -> bool:
         """Load the newest good checkpoint of the run folder, once per trainer; True if there was one.
@@ -186,9 +452,14 @@ class Trainer:
         Raises:
             CheckpointError: there are checkpoints and none of them can be used.
             RunLocked: another living process trains in this folder.
-            ValueError: another trainer was given this student since.
+            ValueError: another trainer was given this student since, or it trains in the background.
         """
-        if getattr(self.student, _OWNER, None) is not self._owner:
+        if self._elsewhere():
+            raise ValueError(
+                "Trainer: expected a run at rest, got one that trains in the background; trainer.wait() for its end, "
+                "or trainer.stop()"
+            )
+        if not is_owned(self.student, self._owner):
             raise ValueError(
                 f"Trainer: expected its student to itself, got one that a later trainer has taken over; for the run in "
                 f"{str(self.session.folder)!r} build student and trainer again"
@@ -211,25 +482,36 @@ class Trainer:
             )
         if info is None:
             # the start that the folder holds, whatever an earlier cell or session did to this student
-            _load_start(self.student, self.session.folder)
+            self._load_start(self.student)
             self.module.parts.load_state_dict(self._parts_start)
             self.history.rewind(-1)
+            self._log = self._new_log()
             self._record_run()
             return False
         groups, state = checkpoint.load_checkpoint(info)
         self._load(groups, state)
+        self._holds_best = False
         self.history.rewind(self.step)
+        self._log = self._new_log()
         self._record_run()
         text = f"from {info.path.name}, {self.seconds:.0f} s of training so far"
         self.history.append({"kind": "event", "step": self.step, "what": "resumed", "text": text})
         return True
 
-    def save(self) -> checkpoint.CheckpointInfo:
-        """Write a checkpoint now. Returns what was written.
+    def save(self) -> checkpoint.CheckpointInfo | None:
+        """Write a checkpoint now. Returns what was written; None where a run in the background was asked to do it.
 
         Raises:
             CheckpointError: it could not be written; older checkpoints are untouched.
+            ValueError: the student holds its best weights, which are no state to go on from.
         """
+        if self._elsewhere():
+            return self.controls.want("save")
+        if self._holds_best:
+            raise ValueError(
+                "Trainer.save: expected the weights of the last step, got the best ones, which load_best() put in "
+                "their place; they are in best.safetensors, and fit() goes on from the last ones"
+            )
         self.resume()
         with self._locked():
             return self._save()
@@ -247,7 +529,7 @@ class Trainer:
             groups=groups,
             state=state,
             run_id=self.run_id,
-            best=self.step == self._best_step,
+            best=self.step == self.best_step,
         )
         self._last_save = time.monotonic()
         self._save_seconds = self._last_save - started
@@ -255,22 +537,63 @@ class Trainer:
         self._tell("on_save")
         return info
 
-    def evaluate_now(self) -> float:
-        """Held-out bits per byte of the student on the run's evaluation windows, recorded in the history."""
+    def evaluate_now(self) -> float | None:
+        """Held-out bits per byte of the student on the run's evaluation windows, recorded in the history.
+
+        None where a run in the background was asked to do it.
+        """
+        if self._elsewhere():
+            return self.controls.want("evaluate")
         self.resume()
         self._flush()
         result = self._score(self.student)
-        if self.best is None or result < self.best:
-            self.best, self._best_step = result, self.step
+        if not self._holds_best and (self.best is None or result < self.best):
+            self.best, self.best_step = result, self.step
+            self._keep_best()
         self.history.append({"kind": "eval", "step": self.step, "bits_per_byte": result, "seconds": self.seconds})
         self._tell("on_evaluate")
         return result
 
+    def _keep_best(self) -> None:
+        """Write the weights that scored best; a disk that refuses them costs these weights and not the run."""
+        try:
+            save_weights(
+                self.student, self.session.folder / "best.safetensors", step=self.step, bits_per_byte=self.best
+            )
+        except (OSError, SafetensorError) as error:
+            self._event("alarm", f"the best weights so far were not kept: {error}")
+
+    def load_best(self) -> tuple[int, float]:
+        """Put the weights with the lowest held-out bits per byte into the student, for evaluation and export.
+
+        ``fit()`` goes on from the last weights all the same.
+
+        Returns:
+            the step that they are of, and their bits per byte.
+
+        Raises:
+            ValueError: nothing has been evaluated yet.
+        """
+        self.resume()
+        path = self.session.folder / "best.safetensors"
+        if not path.exists():
+            raise ValueError(
+                f"Trainer.load_best: expected weights in {str(path)!r}, got none; they are written when an evaluation "
+                "is the best so far: trainer.evaluate_now()"
+            )
+        about = load_weights(self.student, path)
+        self._holds_best = True
+        return int(about["step"]), float(about["bits_per_byte"])
+
     def initial_student(self):
         """A copy of the student as it was before its first step."""
         student = copy.deepcopy(self.student)
-        _load_start(student, self.session.folder)
+        self._load_start(student)
         return student
+
+    def _load_start(self, student) -> None:
+        load_weights(student, self.session.folder / "initial.safetensors")
+        mark_stepped(student, False)
 
     @property
     def control_history(self) -> History | None:
@@ -294,6 +617,7 @@ class Trainer:
         """
         if self._control_student is not None:
             return self._control_student
+        self.resume()
         print(f"control: the same student without a teacher, {self.total_steps:,} steps")
         control = Trainer(
             self.initial_student(),
@@ -301,11 +625,13 @@ class Trainer:
             self.data,
             [lm_term(1.0)],
             session=self.session.within("control"),
-            total_steps=self.total_steps,
-            settings=self.settings,
+            total_steps=self.planned_steps,
+            settings=self.settings | {"finish_in_session": False},
             schedule=constant(),
             lr_schedule=self.lr_schedule,
         )
+        control.resume()
+        control.decay_from = self.decay_from
         control.callbacks = [PrintLines(self.settings["log_every"], prefix="control  ")]
         self._control = control.history
         if control.fit() != "finished":
@@ -317,7 +643,7 @@ class Trainer:
         return control.student
 
     def __repr__(self) -> str:
-        shares = self.schedule.shares({t.name: t.weight for t in self.terms}, self.step / self.total_steps)
+        shares = self.shares_at(self.step)
         wide = max(9, *(len(t.name) for t in self.terms))
         lines = [
             f"{t.name:{wide}} share {shares[t.name]:.2f}, healthy {t.healthy[0]:g} to {t.healthy[1]:g} {t.unit}"
@@ -338,13 +664,6 @@ class Trainer:
             ]
         )
 
-    def start_fingerprint(self) -> str | None:
-        """Hash of some of every weight of a student that was not trained yet; None for one that was."""
-        if getattr(self.student, _STEPPED, False):
-            return None
-        some = [p.detach().flatten()[:64].float().cpu() for p in self.student.parameters()]
-        return hashlib.sha256(torch.cat(some).numpy().tobytes()).hexdigest()[:16]
-
     def _steps_done(self) -> int:
         """Steps that the run has behind it, also before this trainer has loaded them."""
         saved = [int(p.name.split("-")[1]) for p in (self.session.folder / "ckpt").glob("step-*")]
@@ -359,32 +678,18 @@ class Trainer:
         with self.accelerator.autocast():
             settle_parts(self.module, self.teacher, (b.to(self.session.device, non_blocking=True) for b in batches))
 
-    def _clip(self) -> torch.Tensor:
-        """Clip the gradients, the student's and the parts' each on their own: neither shrinks the other's step.
-
-        Returns:
-            the norm of the student's gradient before that.
-        """
-        most = self.settings["max_grad_norm"]
-        self.accelerator.unscale_gradients()  # once for both: a scaler refuses it a second time
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), most)
-        if len(self.module.parts):
-            parts = torch.nn.utils.clip_grad_norm_(self.module.parts.parameters(), most)
-            if not math.isfinite(float(parts)):
-                return parts
-        return norm
-
     def _train_step(self, batches: list[DistillBatch], started: float) -> None:
         """One optimizer step over all micro-batches, each term divided by its count in all of them.
 
         ``started`` is when its batches were asked for, so that a slow loader shows in the speed.
         """
         accelerator = self.accelerator
-        shares = self.schedule.shares({t.name: t.weight for t in self.terms}, self.step / self.total_steps)
-        rate = self.settings["learning_rate"] * self.lr_schedule.factor(self.step, self.total_steps)
+        shares, rate = self.shares_at(self.step), self.rate_at(self.step)
+        measured_now = self.step % self.settings["measure_every"] == 0 and len(self.terms) > 1
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        counts = [sum(term.count(b) for b in batches) for term in self.terms]  # on the host, where they are made
+        each = [[term.count(b) for b in batches] for term in self.terms]  # on the host, where they are made
+        counts = [sum(of_term) for of_term in each]
         batches = [b.to(self.session.device, non_blocking=True) for b in batches]
         scales = [shares[t.name] / c if c else 0.0 for t, c in zip(self.terms, counts, strict=True)]
         self.optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
@@ -393,19 +698,22 @@ class Trainer:
         reading = next(iter(self.module.needs.readings), None)  # whose tail is recorded
         tail = torch.zeros((), device=self.session.device)
         extras: dict[str, torch.Tensor] = {}
-        setattr(self.student, _STEPPED, True)
+        gradients: torch.Tensor | None = None
+        mark_stepped(self.student, True)
         for number, batch in enumerate(batches):
             signal = self.teacher.signal(batch) if asked else None
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._prepared):
-                total, part, measured = self._prepared(batch, signal, scales)
+                total, part, measured = self._prepared(batch, signal, scales, measured_now and number == 0)
                 accelerator.backward(total)
             sums += part
+            gradients = measured.pop("gradients", gradients)
             for name, value in measured.items():
                 extras[name] = extras[name] + value if name in extras else value
             if reading is not None:
                 tail += signal.cells[reading.key].tail.exp().sum()
-        norm = self._clip()
+        accelerator.unscale_gradients()
+        norm = clip_gradients(self.module, self.settings["max_grad_norm"])
         skipped = accelerator.scaler is None and not math.isfinite(float(norm))
         if not skipped:  # a scaler sees to this itself
             self.optimizer.step()
@@ -418,15 +726,20 @@ class Trainer:
         aligned = sum(len(b.aligned_rows) for b in batches)
         taught = sum(len(b.taught_rows) for b in batches)
         self.tokens += predicted
+        seconds = time.monotonic() - started
+        left = self.session.remaining()
         record = {
             "kind": "train",
             "step": self.step,
             "epoch": self.step * len(batches) / self.data.batches_per_epoch,
             "tokens": self.tokens,
-            "seconds": self.seconds + time.monotonic() - started,
+            "seconds": self.seconds + seconds,
             "lr": {group["name"]: rate * group["rate_factor"] for group in self.optimizer.param_groups},
             "skipped_steps": self.skipped_steps,
-            "tokens_per_second": predicted / max(time.monotonic() - started, 1e-9),
+            "tokens_per_second": predicted / max(seconds, 1e-9),
+            "times_floor": None if self.floor_seconds is None else seconds / self.floor_seconds,
+            "seconds_left": None if math.isinf(left) else left,
+            "seconds_to_finish": (self.total_steps - self.step) * (self.seconds + seconds) / self.step,
             "aligned_share": aligned / max(predicted, 1),
             "taught_share": taught / max(predicted, 1),
         }
@@ -439,23 +752,47 @@ class Trainer:
             extras=extras,
             tail=tail if reading else None,
             tail_rows=sum(ROWS[reading.over](b) for b in batches) if reading else 0,
-            skipping=accelerator.scaler is None,
+            loss_scale=None if accelerator.scaler is None else accelerator.scaler._scale,
+            gradients=gradients,
+            gradient_counts=[of_term[0] for of_term in each],
         )
+        if measured_now:  # now, and not when the log is next written: the weights of the next step depend on it
+            self._flush()
 
     def _flush(self) -> None:
         """Move what the last steps measured to the host and into the history."""
-        if self._log.flush():
+        records = self._log.flush()
+        for record in records:
+            if "gradients" in record:
+                norms = {name: term["grad_norm"] for name, term in record["terms"].items()}
+                self._norms = self.balance.smoothed(self._norms, norms)
+        if records:
             self._tell("on_log")
+
+    def _new_log(self) -> StepLog:
+        warm = self.lr_schedule.warmup_steps(self.planned_steps)
+        return StepLog(
+            self.history,
+            self.terms,
+            meeting_point=place_name(self.module.meeting_layer),
+            grace=max(warm, min(200, self.planned_steps // 4)),
+        )
+
+    def _event(self, what: str, text: str) -> None:
+        self.history.append({"kind": "event", "step": self.step, "what": what, "text": text})
 
     def _after_step(self, end: int) -> None:
         """Record, evaluate and save when it is time."""
         if self.step % RECORD_EVERY == 0:
             self._flush()
+        for step, text in self._stages():
+            if step == self.step:
+                self._event("stage", text)
         if self.step % self.settings["eval_every"] == 0 or self.step == self.total_steps:
             self.evaluate_now()
         since = time.monotonic() - self._last_save
         # the best weights are worth a save of their own where that stays a small part of the time
-        best = self._best_step == self.step and since >= 30 * self._save_seconds
+        best = self.best_step == self.step and since >= 30 * self._save_seconds
         if self.step < end and (best or since >= self.settings["save_minutes"] * 60):
             self._save_or_warn()
         if self._skipped_in_row >= _MAX_SKIPPED:
@@ -468,11 +805,30 @@ class Trainer:
             self.save()
         except checkpoint.CheckpointError as error:
             self._last_save = time.monotonic()
-            self.history.append({"kind": "event", "step": self.step, "what": "alarm", "text": f"not saved: {error}"})
+            self._event("alarm", f"not saved: {error}")
+
+    def _stages(self) -> list[tuple[int, str]]:
+        """What changes at which step of the run, in words."""
+        changes = self.schedule.changes({t.name: t.weight for t in self.terms}, self.total_steps)
+        return changes + self.lr_schedule.changes(self.planned_steps)
+
+    def _margin(self) -> float:
+        """Seconds to keep for a step, its evaluation and the saves behind it."""
+        return 30 + 2 * self.seconds / max(self.step, 1) + 2 * self._longest_pause
 
     def _time_is_over(self) -> bool:
         """Whether another step, with evaluation and saves, might not fit into what is left of the session."""
-        return self.session.remaining() < 30 + 2 * self.seconds / max(self.step, 1) + 2 * self._longest_pause
+        return self.session.remaining() < self._margin()
+
+    def _decay_is_due(self) -> bool:
+        """Whether the session has just the time left that the decay takes, and not that of the whole run."""
+        left = self.session.remaining() - self._margin()
+        if math.isinf(left) or self.decay_from is not None or not self.step:
+            return False
+        seconds = 1.1 * self.seconds / self.step
+        falling = self.lr_schedule.decay_steps(self.planned_steps)
+        until = self.planned_steps - falling - self.step
+        return until > 0 and left <= (falling + 1) * seconds < (until + falling) * seconds
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -493,7 +849,10 @@ class Trainer:
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
             "best": self.best,
-            "best_step": self._best_step,
+            "best_step": self.best_step,
+            "decay_from": self.decay_from,
+            "stopped_early": self.stopped_early,
+            "gradient_norms": dict(self._norms),
             "optimizer": optim_state,
             "rng": rng_state,
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -512,25 +871,11 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.skipped_steps, self.save_number = state["skipped_steps"], state["save_number"]
-        self.best, self._best_step = state["best"], state["best_step"]
-        setattr(self.student, _STEPPED, self.step > 0)
-
-    def _groups(self) -> list[dict]:
-        """Parameter groups: matrices with weight decay, vectors without, parts of terms at their own rate."""
-        decay = self.settings["weight_decay"]
-        student = [p for p in self.student.parameters() if p.requires_grad]
-        groups = [
-            {"name": "student", "params": [p for p in student if p.ndim >= 2], "weight_decay": decay},
-            {"name": "student", "params": [p for p in student if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        for name in _RATES:
-            parts = [part for part in self.module.parts.values() if _group_of(part) == name]
-            own = [p for part in parts for p in part.parameters()]
-            groups.append({"name": name, "params": own, "weight_decay": 0.0})
-        for group in groups:
-            group["rate_factor"] = _RATES.get(group["name"], 1.0)
-            group["lr"] = self.settings["learning_rate"] * group["rate_factor"]
-        return [g for g in groups if g["params"]]
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.decay_from = state.get("decay_from")
+        self.stopped_early = state.get("stopped_early", False)
+        self._norms = dict(state.get("gradient_norms", {}))
+        mark_stepped(self.student, self.step > 0)
 
     def _write_run(self) -> None:
         """RUN.json, and with a new run the student's start."""
@@ -539,7 +884,7 @@ class Trainer:
         text = json.dumps({"run_id": self.run_id, "config": self._config}, indent=1)
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(_untied(self.student), folder / "initial.safetensors")
+            save_weights(self.student, folder / "initial.safetensors")
         elif path.read_text() == text:
             return
         beside = folder / "RUN.json.tmp"
@@ -584,26 +929,3 @@ class Trainer:
     def _tell(self, hook: str) -> None:
         for callback in self.callbacks:
             getattr(callback, hook, lambda trainer: None)(self)
-
-
-def _group_of(part) -> str:
-    """Which parameter group a trained part of a term is in; its own word where that is one of ours."""
-    group = getattr(part, "group", "parts")
-    return group if group in _RATES else "parts"
-
-
-def _load_start(model, folder: Path) -> None:
-    """Give a student the weights that it had before the first step of the run in ``folder``."""
-    model.load_state_dict(load_file(folder / "initial.safetensors"), strict=False)
-    model.tie_weights()
-    setattr(model, _STEPPED, False)
-
-
-def _untied(model) -> dict[str, torch.Tensor]:
-    """State of a model without the second name of a tied tensor, as safetensors wants it."""
-    seen, out = set(), {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            out[name] = tensor.contiguous()
-        seen.add(tensor.data_ptr())
-    return out

@@ -6,18 +6,21 @@ import math
 from collections.abc import Sequence
 
 from kd_kit import routing
+from kd_kit.balance import Balance, fixed
+from kd_kit.callbacks import EarlyStopping
 from kd_kit.data import DistillData
 from kd_kit.kd_terms import kd_term
+from kd_kit.learning_rate import LearningRate
 from kd_kit.models import check_model
 from kd_kit.module import all_needs
 from kd_kit.session import Session, build_session
-from kd_kit.stages import LearningRate, Schedule, constant
+from kd_kit.stages import Schedule, constant
 from kd_kit.teacher import LiveTeacher
 from kd_kit.terms import LossTerm, Setup, lm_term
 from kd_kit.trainer import Trainer
 
 
-def _check_kinds(student, teacher, data, terms, session, steps) -> None:
+def _check_kinds(student, teacher, data, terms, session, steps, schedule, rates, balance, early) -> None:
     """Raise a sentence where an argument is another kind of thing than is wanted."""
     wanted = (
         ("student", student, hasattr(student, "get_output_embeddings"), "what build_student returns"),
@@ -30,12 +33,36 @@ def _check_kinds(student, teacher, data, terms, session, steps) -> None:
         ("data", data, isinstance(data, DistillData), "what build_data returns"),
         ("session", session, session is None or isinstance(session, Session), "what build_session returns"),
         ("steps", steps, steps is None or isinstance(steps, int), "a whole number"),
+        ("schedule", schedule, schedule is None or isinstance(schedule, Schedule), "such as kd.curriculum()"),
+        ("lr_schedule", rates, rates is None or isinstance(rates, LearningRate), "a kd.LearningRate(...)"),
+        ("balance", balance, balance is None or isinstance(balance, Balance), "kd.fixed() or kd.gradient_share()"),
+        (
+            "early_stopping",
+            early,
+            early is None or isinstance(early, EarlyStopping),
+            "a kd.EarlyStopping(...) or None",
+        ),
         *(("terms", term, isinstance(term, LossTerm), "a list of terms such as kd.kd_term()") for term in terms),
     )
     for name, value, right, what in wanted:
         if not right:
             got = f"{type(value).__name__} {str(value)[:60]!r}"
             raise ValueError(f"build_trainer: expected {name} to be {what}, got {got}")
+
+
+def _check_terms(terms: Sequence[LossTerm], schedule: Schedule, balance: Balance) -> None:
+    """Raise a sentence where terms, their weights and their schedule cannot make a run."""
+    names = [t.name for t in terms]
+    if not terms or len(set(names)) != len(names):
+        raise ValueError(f"build_trainer: expected one or more terms with different names, got {names}")
+    if any(t.taught for t in terms) and not any(t.name == "lm" and t.weight > 0 for t in terms):
+        raise ValueError(
+            f"build_trainer: expected an lm_term with a weight above 0 beside the teacher's terms, got {names}; "
+            "without it nobody sees whether the student still learns the language: add kd.lm_term()"
+        )
+    weights = {t.name: t.weight for t in terms}
+    schedule.check(weights)
+    balance.check(weights)
 
 
 def build_trainer(
@@ -50,6 +77,9 @@ def build_trainer(
     learning_rate: float = 5e-4,
     schedule: Schedule | None = None,
     lr_schedule: LearningRate | None = None,
+    balance: Balance | None = None,
+    early_stopping: EarlyStopping | None = EarlyStopping(),  # noqa: B008 - it has no state
+    finish_in_session: bool = False,
     accumulation: int = 1,
     more_experts: int | None = None,
     weight_decay: float = 0.1,
@@ -58,6 +88,7 @@ def build_trainer(
     eval_every: int | None = None,
     eval_windows: int = 64,
     log_every: int = 100,
+    measure_every: int = 100,
     save_minutes: float = 10.0,
     workers: int = 0,
 ) -> Trainer:
@@ -70,14 +101,21 @@ def build_trainer(
         session: from :func:`build_session`; a new one if left out.
         steps: optimizer steps, or else ``epochs`` over the training windows.
         learning_rate: peak rate of the student; 5e-4 suits pretrained students, untrained ones take several times that.
-        schedule: shares of the terms over the run. lr_schedule: warm-up, stable, decay.
+        schedule: shares of the terms over the run: :func:`constant`, :func:`curriculum`, :func:`two_stage`,
+            :func:`progressive` or :func:`piecewise`. lr_schedule: warm-up, stable, decay.
+        balance: :func:`fixed` weights, or those that :func:`gradient_share` finds.
+        early_stopping: on held-out bits per byte; None never stops early.
+        finish_in_session: start the learning rate's decay, and so end the run, when this session has just the time
+            left for that.
         accumulation: batches per optimizer step.
         more_experts: experts per token of a second pass of a mixture teacher; its next-token distribution is then the
             mean of both passes. Costs a second teacher pass per step.
         seed: of the order of the data.
         eval_every: steps between evaluations; a tenth of the run if left out. eval_windows: held-out windows that
             each of them looks at, spread evenly (:func:`kd_kit.evaluate` looks at all).
-        log_every: steps between printed lines. save_minutes: between checkpoints; one is always written at the end.
+        log_every: steps between printed lines. measure_every: steps between two comparisons of the terms' gradients,
+            each of which costs about one pass through the student per term.
+        save_minutes: between checkpoints; one is always written at the end.
         workers: processes that prepare batches.
 
     Raises:
@@ -86,27 +124,30 @@ def build_trainer(
     """
     terms = [lm_term(), kd_term()] if terms is None else terms
     terms = list(terms) if isinstance(terms, (list, tuple)) else [terms]
-    _check_kinds(student, teacher, data, terms, session, steps)
-    names = [t.name for t in terms]
-    if not terms or len(set(names)) != len(names):
-        raise ValueError(f"build_trainer: expected one or more terms with different names, got {names}")
-    positive = {"accumulation": accumulation, "log_every": log_every, "eval_windows": eval_windows}
+    _check_kinds(student, teacher, data, terms, session, steps, schedule, lr_schedule, balance, early_stopping)
+    positive = {
+        "accumulation": accumulation,
+        "log_every": log_every,
+        "measure_every": measure_every,
+        "eval_windows": eval_windows,
+        "eval_every": 1 if eval_every is None else eval_every,
+    }
     for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"build_trainer: expected {name} of at least 1, got {value}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"build_trainer: expected {name} of at least 1, a whole number, got {value!r}")
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"build_trainer: expected a learning_rate above 0, got {learning_rate}")
     total = steps if steps is not None else round(epochs * data.batches_per_epoch / accumulation)
     if total < 1:
         raise ValueError(f"build_trainer: expected at least one step, got {total}; raise steps= or epochs=")
-    needs = [t for t in terms if t.taught]
-    if needs and not any(t.name == "lm" and t.weight > 0 for t in terms):
+    schedule, balance = schedule or constant(), balance or fixed()
+    _check_terms(terms, schedule, balance)
+    if finish_in_session and not (lr_schedule or LearningRate()).decay_steps(total):
         raise ValueError(
-            f"build_trainer: expected an lm_term with a weight above 0 beside the teacher's terms, got {names}; "
-            "without it nobody sees whether the student still learns the language: add kd.lm_term()"
+            f"build_trainer: expected a learning rate with a decay beside finish_in_session=True, got {lr_schedule}; "
+            "pass lr_schedule=kd.LearningRate(decay=0.2)"
         )
-    schedule = schedule or constant()
-    schedule.check({t.name: t.weight for t in terms})
+    needs = [t for t in terms if t.taught]
     if needs and teacher is None:
         raise ValueError(
             f"build_trainer: expected a teacher for {', '.join(t.name for t in needs)}, got None; "
@@ -123,7 +164,8 @@ def build_trainer(
             if not needs_all.readings and not needs_all.span_log_probs:
                 raise ValueError(
                     f"build_trainer: expected a term that reads the teacher's next-token distribution beside "
-                    f"more_experts={more_experts}, got {names}; a second pass changes nothing else, so leave it out"
+                    f"more_experts={more_experts}, got {[t.name for t in terms]}; a second pass changes nothing else, "
+                    "so leave it out"
                 )
             with routing.more_experts(teacher, more_experts):
                 pass  # refuses what the teacher cannot do before anything long begins
@@ -135,9 +177,11 @@ def build_trainer(
         "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm,
         "seed": seed,
-        "eval_every": eval_every or max(1, total // 10),
+        "eval_every": max(1, total // 10) if eval_every is None else eval_every,
         "eval_windows": eval_windows,
         "log_every": log_every,
+        "measure_every": measure_every,
+        "finish_in_session": finish_in_session,
         "save_minutes": save_minutes,
         "workers": workers,
     }
@@ -151,4 +195,35 @@ def build_trainer(
         settings=settings,
         schedule=schedule,
         lr_schedule=lr_schedule or LearningRate(),
+        balance=balance,
+        early_stopping=early_stopping,
     )
+
+
+def change_terms(trainer: Trainer, terms: Sequence[LossTerm]) -> str:
+    """Give a run other settings of its terms, from its next step on.
+
+    Weights, temperatures, divergences and numbers of cells may change at any time. Other terms, and what decides the
+    trained part of a term (its layers, method, experts), may change before the first step only.
+
+    Args:
+        terms: all of them, as for :func:`build_trainer`.
+
+    Returns:
+        what has changed, in words.
+
+    Raises:
+        ValueError: terms that cannot make a run, or a change that a run that has begun does not allow; the trainer is
+            then as it was.
+    """
+    terms = list(terms)
+    for term in terms:
+        if not isinstance(term, LossTerm):
+            raise ValueError(f"change_terms: expected terms such as kd.kd_term(), got {type(term).__name__}")
+    _check_terms(terms, trainer.schedule, trainer.balance)
+    if trainer.teacher is not None:
+        setup = Setup(trainer.student, trainer.teacher.model, trainer.data.pair)
+        terms = [t.bound(setup) for t in terms]
+    elif any(t.taught for t in terms):
+        raise ValueError("change_terms: expected terms that need no teacher, since the run has none")
+    return trainer.replace_terms(terms)

@@ -27,7 +27,7 @@ from kd_kit.vocab import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "seconds_left", "seconds_to_finish", "times_floor")
 """Fields of a record that two equal runs need not share."""
 
 

@@ -36,6 +36,7 @@ def test_the_hooks_come_in_order(tmp_path):
     assert order.seen == [
         ("on_evaluate", 0),
         ("on_start", 0),
+        ("on_log", 1),
         ("on_log", 5),
         ("on_evaluate", 5),
         ("on_log", 10),
@@ -159,7 +160,8 @@ def test_events_are_told_once():
 def test_a_real_run_prints_each_thing_once(tmp_path, capsys):
     make_trainer(tmp_path / "run", steps=4, eval_every=2).fit()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
+    assert sum("stage: the learning rate decays from here on" in line for line in lines) == 1
     assert sum("finished" in line for line in lines) == 1
     make_trainer(tmp_path / "run", steps=6, eval_every=2).fit()
     lines = capsys.readouterr().out.splitlines()

@@ -71,7 +71,7 @@ def test_other_layers_of_a_trained_part_are_refused(tmp_path):
     def with_layers(layers):
         return make_trainer(tmp_path / "run", terms=[lm_term(), feature_term(0.5, layers=layers)])
 
-    with_layers({2: 4})
+    with_layers({2: 4}).fit(steps=1)
     with pytest.raises(ValueError, match="got another one: the layers, experts or method of a term with trained parts"):
         with_layers({1: 4})
     with_layers({2: 4})
@@ -174,9 +174,21 @@ def test_other_held_out_text_is_another_run(tmp_path):
     def with_held_out(text: str):
         return build_data(pages(4), pair(), held_out=[text], window=32, batch_size=2)
 
-    make_trainer(tmp_path / "run", data=with_held_out("What is measured, and on which words."))
+    make_trainer(tmp_path / "run", data=with_held_out("What is measured, and on which words.")).fit(steps=1)
     with pytest.raises(ValueError, match="the held-out text"):
         make_trainer(tmp_path / "run", data=with_held_out("What is measured, and on other words."))
+
+
+def test_a_run_of_which_nothing_was_saved_makes_place_for_another_configuration(tmp_path, capsys):
+    """Somebody changed a cell and ran it again."""
+    first = make_trainer(tmp_path / "run", terms=[lm_term(), kd_term(top_k=8)])
+    other = make_trainer(tmp_path / "run", terms=[lm_term()], seed=3)
+    assert "run: nothing was saved here yet, so the run starts anew" in capsys.readouterr().out
+    assert other.run_id != first.run_id
+    assert other.fit() == "finished"
+    assert other.history.series("kd") == ([], [])
+    with pytest.raises(ValueError, match="got another one: the loss terms changed"):
+        make_trainer(tmp_path / "run", terms=[lm_term(), kd_term(top_k=8)], seed=3)
 
 
 def test_another_start_is_said_and_not_used(run, capsys):

@@ -1,0 +1,72 @@
+"""Weights of a student beside its checkpoints: the start that a run keeps, the best so far, and who trains it now."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+_STEPPED, _OWNER = "_kd_kit_stepped", "_kd_kit_owner"  # marks on a student: trained already, and by which trainer
+
+
+def mark_stepped(student: nn.Module, stepped: bool) -> None:
+    """Note whether the student has been trained since it was built or loaded."""
+    setattr(student, _STEPPED, stepped)
+
+
+def was_stepped(student: nn.Module) -> bool:
+    return getattr(student, _STEPPED, False)
+
+
+def own(student: nn.Module, owner: object) -> None:
+    """From now on this trainer's, and no earlier one's."""
+    setattr(student, _OWNER, owner)
+
+
+def is_owned(student: nn.Module, owner: object) -> bool:
+    return getattr(student, _OWNER, None) is owner
+
+
+def start_fingerprint(student: nn.Module) -> str | None:
+    """Hash of some of every weight of a student that was not trained yet; None for one that was."""
+    if was_stepped(student):
+        return None
+    some = [p.detach().flatten()[:64].float().cpu() for p in student.parameters()]
+    return hashlib.sha256(torch.cat(some).numpy().tobytes()).hexdigest()[:16]
+
+
+def save_weights(student: nn.Module, path: Path, **about) -> None:
+    """Write a student's weights, whole or not at all, with a few words about them.
+
+    Raises:
+        OSError, SafetensorError: the disk refuses it; what stood there before still does.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(_untied(student), beside, metadata={key: str(value) for key, value in about.items()})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_weights(student: nn.Module, path: Path) -> dict[str, str]:
+    """Give a student the weights in a file. Returns what was written about them."""
+    student.load_state_dict(load_file(path), strict=False)
+    student.tie_weights()
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
+    """State of a model without the second name of a tied tensor, as safetensors wants it."""
+    seen, out = set(), {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            out[name] = tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return out

@@ -1,0 +1,469 @@
+"""A run that is steered while it goes on: background, pause, weights, early decay, early stopping, new settings."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+from helpers import assert_same_run, make_trainer, measured, small_data, tiny_student, weights_of
+
+from kd_kit import (
+    Callback,
+    EarlyStopping,
+    LearningRate,
+    curriculum,
+    evaluate,
+    feature_term,
+    fixed,
+    gradient_share,
+    kd_term,
+    lm_term,
+)
+from kd_kit.session import Session
+from kd_kit.trainer_builder import change_terms
+
+LONG = 60  # seconds that a step of the background run is waited for; it takes milliseconds
+
+
+class At(Callback):
+    """Does something once a step has been recorded."""
+
+    def __init__(self, step: int, what):
+        self.step, self.what = step, what
+
+    def on_log(self, trainer):
+        if trainer.step >= self.step and self.what is not None:
+            what, self.what = self.what, None
+            what(trainer)
+
+
+class Gate(Callback):
+    """Holds the run at its first record until it is opened, so that a test has it in the middle of a run."""
+
+    def __init__(self):
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def on_log(self, trainer):
+        self.reached.set()
+        self.open.wait(LONG)
+
+
+def behind(folder, **arguments):
+    """A trainer in the background, held after its first step."""
+    trainer = make_trainer(folder, **({"steps": 40, "eval_every": 40} | arguments))
+    gate = Gate()
+    trainer.callbacks = [gate]
+    assert trainer.fit(background=True) == "running"
+    assert gate.reached.wait(LONG)
+    return trainer, gate
+
+
+# --- the background --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_the_background_is_the_same_run(tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+    trainer = make_trainer(tmp_path / "behind")
+    assert trainer.fit(background=True) == "running"
+    assert trainer.wait() == "finished"
+    assert not trainer.running
+    assert_same_run(whole, trainer)
+
+
+def test_what_would_meet_a_running_run_is_refused_or_queued(tmp_path):
+    trainer, gate = behind(tmp_path / "run")
+    assert trainer.running
+    assert trainer.wait(timeout=0.01) is None
+    with pytest.raises(ValueError, match="expected a trainer at rest, got one that trains already"):
+        trainer.fit()
+    with pytest.raises(ValueError, match=r"trains in the background; trainer\.wait\(\) for its end"):
+        evaluate(trainer)
+    with pytest.raises(ValueError, match="expected a run at rest, got one that trains in the background"):
+        make_trainer(tmp_path / "run")
+    with pytest.raises(ValueError, match="or with this student"):
+        make_trainer(tmp_path / "other", student=trainer.student)
+    assert trainer.save() is None
+    assert trainer.evaluate_now() is None
+    trainer.stop("enough")
+    gate.open.set()
+    assert trainer.wait(LONG) == "enough"
+    assert trainer.step == 1
+    assert trainer.history.evaluations()[0] == [0, 1]
+    assert [e["what"] for e in trainer.history.events].count("saved") == 2
+    make_trainer(tmp_path / "run", steps=40, eval_every=40)
+
+
+def test_a_pause_holds_the_run_and_wishes_are_met_meanwhile(tmp_path):
+    trainer, gate = behind(tmp_path / "run")
+    trainer.pause()
+    gate.open.set()
+    resting = threading.Event()
+    trainer.callbacks.append(At(1, lambda t: resting.set()))
+    assert resting.wait(LONG)
+    trainer.evaluate_now()
+    while trainer.history.evaluations()[0][-1:] != [1]:
+        assert trainer.running
+    assert trainer.step == 1
+    trainer.go_on()
+    assert trainer.wait(LONG) == "finished"
+    whole = make_trainer(tmp_path / "whole", steps=40, eval_every=40)
+    whole.fit()
+    assert [r for r in measured(trainer.history) if r["kind"] == "train"] == [
+        r for r in measured(whole.history) if r["kind"] == "train"
+    ]
+    said = [e["text"] for e in trainer.history.events if e["what"] == "rests"]
+    assert said == ["by request; trainer.go_on() ends it", "no longer"]
+
+
+def test_a_paused_run_can_be_stopped(tmp_path):
+    trainer, gate = behind(tmp_path / "run")
+    trainer.pause()
+    trainer.stop()
+    gate.open.set()
+    assert trainer.wait(LONG) == "stopped by request"
+    assert trainer.step == 1
+
+
+def test_a_wish_of_an_earlier_run_is_forgotten(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.stop()
+    trainer.pause()
+    assert trainer.fit() == "finished"
+
+
+def test_what_goes_wrong_behind_is_raised_by_wait(tmp_path):
+    def broken(trainer):
+        raise RuntimeError("the disk is on fire")
+
+    trainer = make_trainer(tmp_path / "run")
+    stopped = []
+    watcher = Callback()
+    watcher.on_stop = lambda t: stopped.append(t.stop_reason)
+    trainer.callbacks = [At(1, broken), watcher]
+    trainer.fit(background=True)
+    with pytest.raises(RuntimeError, match="the disk is on fire"):
+        trainer.wait(LONG)
+    assert stopped == ["failed: RuntimeError: the disk is on fire"]
+    assert not trainer.running
+    trainer.callbacks = []
+    assert trainer.fit() == "finished"
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+    assert_same_run(whole, trainer)
+
+
+def test_a_callback_may_stop_a_run_in_the_foreground(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=40, eval_every=40)
+    trainer.callbacks = [At(10, lambda t: t.stop())]
+    assert trainer.fit() == "stopped by request"
+    assert trainer.step == 10
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_can_be_changed_while_it_trains(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=12, eval_every=12)
+    trainer.callbacks = [At(10, lambda t: t.set_weights(kd=0.1))]
+    trainer.fit()
+    _, weights = trainer.history.series("kd", "weight")
+    assert weights[9] == pytest.approx(0.9)
+    assert weights[10] == pytest.approx(0.5)
+    (event,) = [e for e in trainer.history.events if e["what"] == "changed"]
+    assert event["text"] == "weight of kd 0.9 -> 0.1"
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"kl": 1.0}, "expected terms out of lm, kd, got kl"),
+        ({"kd": -1.0}, "expected a weight of at least 0, got -1"),
+        ({"lm": 0.0}, "expected a weight above 0 for lm"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused_and_nothing_changes(tmp_path, weights, message):
+    trainer = make_trainer(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        trainer.set_weights(**weights)
+    assert trainer.shares_at(0) == pytest.approx({"lm": 0.1, "kd": 0.9})
+
+
+def test_gradient_shares_come_out_as_wanted_and_survive_a_resume(tmp_path):
+    def built(folder):
+        balance = gradient_share(lm=0.7, kd=0.3, smoothing=0.5, most=20)
+        return make_trainer(folder, steps=12, measure_every=3, balance=balance, eval_every=12)
+
+    whole = built(tmp_path / "whole")
+    whole.fit()
+    _, shares = whole.history.series("lm", "grad_share")
+    assert whole.history.series("lm", "grad_share")[0] == [1, 4, 7, 10]
+    assert abs(shares[-1] - 0.7) < 0.1 < abs(shares[0] - 0.7)
+    parts = built(tmp_path / "parts")
+    for stop in (2, 1, 5):  # also right after a measurement, and before the next
+        parts.fit(steps=stop)
+        parts = built(tmp_path / "parts")
+    parts.fit()
+    assert_same_run(whole, parts)
+
+
+def test_one_schedule_for_the_step_and_for_everything_else(tmp_path):
+    trainer = make_trainer(
+        tmp_path / "run", steps=10, schedule=curriculum("kd", start=0.1), balance=fixed(lm_floor=0.3)
+    )
+    planned = [trainer.shares_at(step) for step in range(10)]
+    trainer.fit()
+    for name in ("lm", "kd"):
+        assert trainer.history.series(name, "weight")[1] == pytest.approx([p[name] for p in planned])
+    assert planned[-1]["lm"] == 0.3, "held up by the floor"
+    assert trainer.history.column("lr", "student")[1] == pytest.approx([trainer.rate_at(s) for s in range(10)])
+
+
+# --- the learning rate falls early -----------------------------------------------------------------------------------
+
+
+def falling(folder, **arguments):
+    return make_trainer(folder, **({"steps": 40, "eval_every": 40, "lr_schedule": LearningRate(0.1, 0.25)} | arguments))
+
+
+def test_the_decay_can_begin_early_and_ends_the_run(tmp_path):
+    trainer = falling(tmp_path / "run")
+    trainer.callbacks = [At(10, lambda t: t.decay_now())]
+    assert trainer.fit() == "finished"
+    assert trainer.decay_from == 10
+    assert trainer.step == trainer.total_steps == 20
+    rates = trainer.history.column("lr", "student")[1]
+    assert rates[9] == pytest.approx(1e-2)
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    whole = falling(tmp_path / "whole")
+    whole.fit()
+    assert rates[-1] == pytest.approx(whole.history.column("lr", "student")[1][-1])
+    assert "the learning rate falls from here on; the run ends at step 20" in [
+        e["text"] for e in trainer.history.events
+    ]
+    assert trainer.history.total_steps == 20
+
+
+def test_a_decay_that_began_early_goes_on_after_a_resume(tmp_path):
+    whole = falling(tmp_path / "whole")
+    whole.callbacks = [At(10, lambda t: t.decay_now())]
+    whole.fit()
+    trainer = falling(tmp_path / "run")
+    trainer.callbacks = [At(10, lambda t: t.decay_now())]
+    trainer.fit(steps=14)
+    again = falling(tmp_path / "run")
+    assert again.fit() == "finished"
+    assert again.total_steps == 20
+    assert_same_run(whole, again)
+
+
+def test_the_control_of_a_run_that_ended_early_has_the_same_rates(tmp_path):
+    trainer = falling(tmp_path / "run")
+    trainer.callbacks = [At(10, lambda t: t.decay_now())]
+    trainer.fit()
+    trainer.train_control()
+    assert trainer.control_history.column("lr", "student")[1] == trainer.history.column("lr", "student")[1]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_the_session_clock_begins_the_decay_in_time(tmp_path, monkeypatch):
+    """Every step takes 100 s of a session that has room for 25 of the 40."""
+    clock = Clock()
+    monkeypatch.setattr("kd_kit.trainer.time.monotonic", clock)
+    session = Session(tmp_path / "run", device="cpu", precision="no", budget=2500.0, clock=clock)
+    session._started = 0.0
+    trainer = falling(tmp_path / "run", session=session, finish_in_session=True)
+    step = trainer._train_step
+
+    def slow(batches, started):
+        step(batches, started)
+        clock.now += 100.0
+
+    trainer._train_step = slow
+    assert trainer.fit() == "finished"
+    assert trainer.decay_from is not None
+    assert trainer.step == trainer.decay_from + 10
+    assert 18 <= trainer.step <= 24
+    assert clock.now < 2500
+
+
+def test_a_rate_without_decay_cannot_fall_early(tmp_path):
+    trainer = falling(tmp_path / "run", lr_schedule=LearningRate(0.1, 0.0))
+    with pytest.raises(ValueError, match="expected a learning rate with a decay"):
+        trainer.decay_now()
+    with pytest.raises(ValueError, match="beside finish_in_session=True"):
+        falling(tmp_path / "other", lr_schedule=LearningRate(0.1, 0.0), finish_in_session=True)
+
+
+# --- early stopping --------------------------------------------------------------------------------------------------
+
+
+def scored(folder, scores, **arguments):
+    """A run whose evaluations give these scores, one per step from 0 on."""
+    early = EarlyStopping(3, grace=2)
+    arguments = {"steps": 30, "eval_every": 1, "early_stopping": early} | arguments
+    trainer = make_trainer(folder, **arguments)
+    trainer._score = lambda model, side="student": scores[trainer.step] if side == "student" else 1.0
+    return trainer
+
+
+WORSE_AFTER_FOUR = [9.0, 1.0, 5.0, 4.0, 3.0, *(3.5 + 0.01 * i for i in range(40))]
+
+
+def test_a_run_that_gets_no_better_stops_with_its_best_weights(tmp_path):
+    plain = scored(tmp_path / "plain", WORSE_AFTER_FOUR, early_stopping=None)
+    plain.fit(steps=4)
+    trainer = scored(tmp_path / "run", [9.0, 8.0, *WORSE_AFTER_FOUR[2:]])
+    assert trainer.fit() == "stopped early"
+    assert trainer.step == 7, "three evaluations after the best one at step 4"
+    assert trainer.best_step == 4
+    for name, weight in trainer.student.state_dict().items():
+        assert torch.equal(weight, plain.student.state_dict()[name]), name
+    assert any("the student gets the weights of step 4" in e["text"] for e in trainer.history.events)
+
+
+def test_a_best_value_before_the_grace_does_not_count(tmp_path):
+    trainer = scored(tmp_path / "run", WORSE_AFTER_FOUR)
+    trainer.fit()
+    assert trainer.step == 7
+
+
+def test_a_resumed_run_stops_early_at_the_same_step_and_stays_stopped(tmp_path):
+    scores = [9.0, 8.0, *WORSE_AFTER_FOUR[2:]]
+    whole = scored(tmp_path / "whole", scores)
+    whole.fit()
+    trainer = scored(tmp_path / "run", scores)
+    trainer.fit(steps=5)
+    trainer = scored(tmp_path / "run", scores)
+    assert trainer.fit() == "stopped early"
+    assert trainer.step == 7
+    again = scored(tmp_path / "run", scores)
+    assert again.fit() == "stopped early"
+    assert again.step == 7
+    for name, weight in whole.student.state_dict().items():
+        assert torch.equal(weight, again.student.state_dict()[name]), name
+    on = scored(tmp_path / "run", scores, early_stopping=None)
+    assert on.fit(steps=2) == "paused"
+    assert on.step == 9
+    straight = scored(tmp_path / "straight", scores, early_stopping=None)
+    straight.fit(steps=9)
+    for name, weight in weights_of(straight).items():
+        assert torch.equal(weight, weights_of(on)[name]), "it goes on from the last weights, not from the best"
+
+
+def test_a_run_that_goes_on_getting_better_is_not_stopped(tmp_path):
+    trainer = scored(tmp_path / "run", [9 - 0.1 * i for i in range(31)])
+    assert trainer.fit() == "finished"
+
+
+def test_no_early_stop_during_the_grace_or_the_warm_up(tmp_path):
+    flat = [5.0] * 40
+    for early, rates in (
+        (EarlyStopping(3, grace=20), LearningRate(0.1)),
+        (EarlyStopping(3, grace=0), LearningRate(0.7)),
+    ):
+        trainer = scored(tmp_path / f"{early.grace}", flat, early_stopping=early, lr_schedule=rates)
+        trainer.fit()
+        assert trainer.step == 23 if early.grace else trainer.step == 24
+
+
+def test_the_default_waits_long(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=100, eval_every=10)
+    (early,) = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]
+    assert (early.patience, early.grace) == (20, 1000)
+    assert early.first_stop(trainer) == 1200
+
+
+@pytest.mark.parametrize("arguments", [{"patience": 0}, {"patience": 2.5}, {"grace": -1}])
+def test_early_stopping_that_cannot_be_is_refused(arguments):
+    with pytest.raises(ValueError, match="EarlyStopping: expected patience of at least 1"):
+        EarlyStopping(**arguments)
+
+
+def test_the_best_weights_are_for_looking_at_and_not_for_going_on(tmp_path):
+    trainer = scored(tmp_path / "run", WORSE_AFTER_FOUR, early_stopping=None)
+    trainer.fit(steps=3)
+    last = weights_of(trainer)
+    assert trainer.load_best() == (1, 1.0)
+    assert any(not torch.equal(w, last[n]) for n, w in weights_of(trainer).items())
+    with pytest.raises(ValueError, match="expected the weights of the last step, got the best ones"):
+        trainer.save()
+    trainer.fit(steps=1)
+    straight = scored(tmp_path / "straight", WORSE_AFTER_FOUR, early_stopping=None)
+    straight.fit(steps=4)
+    assert_same_run(straight, trainer)
+
+
+def test_without_an_evaluation_there_is_no_best(tmp_path):
+    with pytest.raises(ValueError, match=r"expected weights in .*best\.safetensors', got none"):
+        make_trainer(tmp_path / "run").load_best()
+
+
+# --- other settings of the terms -------------------------------------------------------------------------------------
+
+
+def terms(temperature: float = 1.0, top_k: int = 8, kd: float = 0.5):
+    return [lm_term(0.2), kd_term(kd, top_k=top_k, temperature=temperature), feature_term(0.3)]
+
+
+def test_settings_change_in_the_middle_of_a_run_and_nothing_else_does(tmp_path):
+    data = small_data(batch_size=4)
+    trainer = make_trainer(tmp_path / "run", terms=terms(), data=data, steps=6)
+    trainer.fit(steps=3)
+    before = weights_of(trainer), trainer.step, trainer.tokens
+    assert change_terms(trainer, terms()) == "nothing"
+    said = change_terms(trainer, terms(temperature=2.0, top_k=16, kd=0.9))
+    assert said == "kd.weight 0.5 -> 0.9, kd.top_k 8 -> 16, kd.temperature 1 -> 2"
+    assert (trainer.step, trainer.tokens) == before[1:]
+    for name, weight in weights_of(trainer).items():
+        assert torch.equal(weight, before[0][name]), name
+    trainer.fit()
+
+    straight = make_trainer(tmp_path / "straight", terms=terms(), data=data, steps=6)
+    straight.fit(steps=3)
+    other = make_trainer(
+        tmp_path / "straight",
+        student=tiny_student(3),
+        terms=terms(temperature=2.0, top_k=16, kd=0.9),
+        data=data,
+        steps=6,
+    )
+    other.fit()
+    assert_same_run(other, trainer)
+
+
+def test_a_run_that_has_begun_keeps_its_terms_and_parts(tmp_path):
+    trainer = make_trainer(tmp_path / "run", terms=terms(), data=small_data(batch_size=4))
+    trainer.fit(steps=1)
+    before = trainer.terms, trainer.teacher
+    for wrong, message in (
+        ([lm_term(0.2), kd_term(0.5, top_k=8)], "the loss terms changed"),
+        ([*terms()[:2], feature_term(0.3, layers={1: 2})], "the layers, experts or method"),
+        ([terms()[1]], "expected an lm_term with a weight above 0"),
+        ([lm_term(), lm_term()], "different names"),
+        (["lm"], "expected terms such as"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change_terms(trainer, wrong)
+        assert (trainer.terms, trainer.teacher) == before
+    trainer.fit()
+
+
+def test_before_the_first_step_everything_about_the_terms_may_change(tmp_path):
+    data = small_data(batch_size=4)
+    trainer = make_trainer(tmp_path / "run", terms=[lm_term()], data=data)
+    change_terms(trainer, [*terms()[:2], feature_term(0.3, layers={1: 2})])
+    trainer.fit()
+    straight = make_trainer(tmp_path / "other", terms=[*terms()[:2], feature_term(0.3, layers={1: 2})], data=data)
+    straight.fit()
+    assert_same_run(straight, trainer)
+    assert make_trainer(tmp_path / "run", terms=[*terms()[:2], feature_term(0.3, layers={1: 2})], data=data).resume()

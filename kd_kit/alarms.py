@@ -68,7 +68,7 @@ class Watch:
     _raised: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        self._judges = {t.name: t for t in self.terms}
+        self.use(self.terms)
         for event in self.history.events:
             key = event.get("key")
             if key is None:
@@ -80,6 +80,10 @@ class Watch:
                 self._stands.discard(key)
         for record in [r for r in self.history.records if r["kind"] == "train"][-2 * HALVES :]:
             self._take(record, say=False)
+
+    def use(self, terms: Sequence[LossTerm]) -> None:
+        """The same terms with other weights from now on."""
+        self._judges = {t.name: t for t in terms}
 
     def look(self, records: Iterable[Mapping]) -> None:
         """Take new training records into account; alarms are appended to the history."""

@@ -12,6 +12,7 @@ from kd_kit.alarms import Watch
 from kd_kit.gradients import pulls
 from kd_kit.history import History, verdict
 from kd_kit.terms import LossTerm
+from kd_kit.train_step import StepResult
 
 
 class StepLog:
@@ -29,44 +30,30 @@ class StepLog:
         self.watch = Watch(history, self.terms, grace)
         self._waiting: list[tuple[dict, dict, Tensor]] = []
 
-    def add(
-        self,
-        record: dict,
-        *,
-        shares: Mapping[str, float],
-        counts: Sequence[int],
-        sums: Tensor,
-        norm: Tensor,
-        extras: Mapping[str, Tensor],
-        tail: Tensor | None,
-        tail_rows: int,
-        loss_scale: Tensor | None = None,
-        gradients: Tensor | None = None,
-        gradient_counts: Sequence[int] = (),
-    ) -> None:
+    def use(self, terms: Sequence[LossTerm]) -> None:
+        """The same terms with other weights from now on."""
+        self.terms = tuple(terms)
+        self.watch.use(terms)
+
+    def add(self, record: dict, done: StepResult, shares: Mapping[str, float]) -> None:
         """Take one optimizer step.
 
         Args:
-            record: what the host knows already. shares, counts: of the terms.
-            sums: [terms]. norm: of the student's gradient. extras: {"term.name": sums over the term's positions}.
-            tail: the teacher's mass without a cell, summed over ``tail_rows`` positions; None without cells.
-            loss_scale: of fp16; None where losses are not scaled.
-            gradients: [terms, terms], :func:`kd_kit.gradients.gradient_products` of the step's first micro-batch, in
-                which the terms have ``gradient_counts`` positions; None where they were not compared.
+            record: what the host knows already. done: what the step measured. shares: of the terms.
         """
         known = {
             "shares": shares,
-            "counts": dict(zip((t.name for t in self.terms), counts, strict=True)),
-            "extras": {name: value.shape for name, value in extras.items()},
-            "tail_rows": tail_rows if tail is not None else 0,
-            "scaled": loss_scale is not None,
-            "gradient_counts": None if gradients is None else list(gradient_counts),
+            "counts": dict(zip((t.name for t in self.terms), done.counts, strict=True)),
+            "extras": {name: value.shape for name, value in done.extras.items()},
+            "tail_rows": done.tail_rows if done.tail is not None else 0,
+            "scaled": done.loss_scale is not None,
+            "gradient_counts": None if done.gradients is None else done.gradient_counts,
         }
-        none = sums.new_zeros(())
-        few = [norm, none if tail is None else tail, none if loss_scale is None else loss_scale]
-        tensors = [sums, torch.stack([t.float().to(sums.device) for t in few])]
-        tensors += [] if gradients is None else [gradients.flatten()]
-        self._waiting.append((record, known, torch.cat([*tensors, *(v.flatten() for v in extras.values())])))
+        none = done.sums.new_zeros(())
+        few = [done.norm, *(none if t is None else t for t in (done.tail, done.loss_scale))]
+        tensors = [done.sums, torch.stack([t.float().to(none.device) for t in few])]
+        tensors += [] if done.gradients is None else [done.gradients.flatten()]
+        self._waiting.append((record, known, torch.cat([*tensors, *(v.flatten() for v in done.extras.values())])))
 
     def flush(self) -> list[dict]:
         """Write what has been collected. Returns the new records."""

@@ -16,26 +16,24 @@ import time
 import uuid
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
 from safetensors import SafetensorError
 
 from kd_kit import checkpoint
 from kd_kit.balance import Balance, fixed
 from kd_kit.callbacks import EarlyStopping, PrintLines
-from kd_kit.controls import Controls
 from kd_kit.data import DistillData
 from kd_kit.evaluation import score
 from kd_kit.gradients import place_name
 from kd_kit.history import History
 from kd_kit.learning_rate import LearningRate
 from kd_kit.module import DistillModule, all_needs, settle_parts
-from kd_kit.optimizer import build_optimizer, clip_gradients
+from kd_kit.optimizer import build_optimizer
 from kd_kit.run_config import changed_settings, check_run, refuse_other_run, run_config
 from kd_kit.run_lock import lock_run
 from kd_kit.session import Session, StopRequests, shown
 from kd_kit.stages import Schedule, constant
+from kd_kit.steering import Steering
 from kd_kit.step_log import StepLog
 from kd_kit.student_weights import (
     is_owned,
@@ -47,7 +45,8 @@ from kd_kit.student_weights import (
 )
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, flatten_optimizer, restore_rng, unflatten_optimizer
-from kd_kit.terms import ROWS, LossTerm, lm_term
+from kd_kit.terms import LossTerm, lm_term
+from kd_kit.train_step import train_step
 from kd_kit.types import DistillBatch
 
 RECORD_EVERY = 10
@@ -58,7 +57,7 @@ _SETTLING_BATCHES = 16  # that the parts of the terms look at before the first s
 _RUNNING: weakref.WeakValueDictionary[str, Trainer] = weakref.WeakValueDictionary()  # loops of this process, by folder
 
 
-class Trainer:
+class Trainer(Steering):
     """A distillation run. Made by :func:`kd_kit.build_trainer`, which explains the arguments.
 
     Attributes:
@@ -87,6 +86,7 @@ class Trainer:
         balance: Balance | None = None,
         early_stopping: EarlyStopping | None = None,
     ):
+        super().__init__()
         self.session = session
         self.student = student
         self.teacher = teacher
@@ -100,16 +100,10 @@ class Trainer:
         self.callbacks: list = [PrintLines(settings["log_every"])]
         if early_stopping is not None:
             self.callbacks.append(early_stopping)
-        self.stop_reason: str | None = None
         self.floor_seconds: float | None = None
-        self.controls = Controls()
-        self._loop: threading.Thread | None = None  # the one that trains now
-        self._background: threading.Thread | None = None
-        self._failure: BaseException | None = None
         self._control: History | None = None
         self._control_student = None
         self._holds_lock = False
-        self._longest_pause = 0.0  # seconds that evaluation and saving took after one step, at most
         self._last_save = time.monotonic()
         self._save_seconds = 0.0
         folder = session.folder
@@ -155,65 +149,6 @@ class Trainer:
         self._prepared, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
 
     # --- what is asked of it ------------------------------------------------------------------------------------
-
-    def fit(self, steps: int | None = None, *, background: bool = False) -> str:
-        """Train to the end, or for ``steps`` more steps, from the newest good checkpoint of the run folder.
-
-        Ends early, having saved, when the session's time is over, on Interrupt or SIGTERM, or when a callback or
-        :meth:`stop` asks for it. Calling it again goes on.
-
-        Args:
-            background: train in a thread and give the notebook back at once, so that buttons act while it trains;
-                :meth:`wait` waits for the end and raises what went wrong. Random numbers that other cells draw
-                meanwhile are drawn from the same generators: a run with dropout is then not repeatable.
-
-        Returns:
-            why it stopped, also in ``stop_reason``; "running" in the background.
-
-        Raises:
-            ValueError: it is training already.
-        """
-        if self.running:
-            raise ValueError("Trainer.fit: expected a trainer at rest, got one that trains already; trainer.wait()")
-        self.controls.clear()
-        if not background:
-            return self._fit(steps)
-        self.resume()  # what is wrong with the folder shows in this cell
-        self.stop_reason, self._failure = None, None
-        self._background = threading.Thread(target=self._fit_behind, args=(steps,), name="kd_kit fit", daemon=True)
-        self._background.start()
-        return "running"
-
-    def wait(self, timeout: float | None = None) -> str | None:
-        """Wait for a run in the background, at most so many seconds.
-
-        Returns:
-            why it stopped; None if it still trains.
-
-        Raises:
-            whatever ended the run, if it failed.
-        """
-        if self._background is not None:
-            self._background.join(timeout)
-            if self._background.is_alive():
-                return None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-        return self.stop_reason
-
-    @property
-    def running(self) -> bool:
-        """Whether it trains now, here or in the background."""
-        return self._loop is not None or (self._background is not None and self._background.is_alive())
-
-    def _fit_behind(self, steps: int | None) -> None:
-        try:
-            self._fit(steps)
-        except BaseException as error:  # said by wait(), in the thread of the user
-            self._failure = error
-            self.stop_reason = f"failed: {type(error).__name__}: {error}"
-            self._tell("on_stop")
 
     def _fit(self, steps: int | None) -> str:
         with self._locked(), StopRequests() as requests:
@@ -274,98 +209,6 @@ class Trainer:
         self.save()
         self._tell("on_stop")
 
-    def _heed(self, requests: StopRequests) -> None:
-        """Between two steps: what the user, the session's clock and the system want."""
-        resting = False
-        while True:
-            for what in self.controls.take():
-                {"save": self._save_or_warn, "evaluate": self.evaluate_now, "decay": self._begin_decay}[what]()
-            if requests.reason or self.controls.stop_reason:
-                self.stop_reason = self.stop_reason or requests.reason or self.controls.stop_reason
-            elif self.stop_reason is None and self.step < self.total_steps and self._time_is_over():
-                self.stop_reason = "the session's time is over"
-            if self.stop_reason or not self.controls.paused:
-                break
-            if not resting:
-                resting = True
-                self._flush()
-                self._event("rests", "by request; trainer.go_on() ends it")
-                self._tell("on_log")
-            self.controls.rest(0.2)
-        if resting:
-            self._event("rests", "no longer")
-            self._tell("on_log")
-        if self.stop_reason is None and self.settings["finish_in_session"] and self._decay_is_due():
-            self._begin_decay()
-
-    # --- what can be asked of a run that is going on, from any thread -------------------------------------------
-
-    def stop(self, reason: str = "stopped by request") -> None:
-        """End a run that is going on after its step, saved, with this as its ``stop_reason``."""
-        self.controls.stop(reason)
-
-    def pause(self) -> None:
-        """Let a run rest after its step, until :meth:`go_on`; it can be saved, evaluated and stopped meanwhile."""
-        self.controls.pause()
-
-    def go_on(self) -> None:
-        """End a rest."""
-        self.controls.go_on()
-
-    def decay_now(self) -> None:
-        """Let the learning rate fall from here on, over as many steps as planned for that, and end the run there.
-
-        Source: the stable phase can be left at any step, Hu et al. 2024, section 4, https://arxiv.org/abs/2404.06395
-
-        Raises:
-            ValueError: the learning rate has no decay, or falls already.
-        """
-        start = self.lr_schedule.decay_start(self.planned_steps, self.decay_from)
-        if start is None:
-            raise ValueError(
-                f"Trainer.decay_now: expected a learning rate with a decay, got {self.lr_schedule}; pass "
-                "lr_schedule=kd.LearningRate(decay=0.2) to build_trainer"
-            )
-        if self.step >= start:
-            raise ValueError(f"Trainer.decay_now: the learning rate falls already, since step {start:,}")
-        if self._elsewhere():
-            return self.controls.want("decay")
-        self.resume()
-        self._begin_decay()
-
-    def _begin_decay(self) -> None:
-        """As :meth:`decay_now`, between two steps; nothing where the rate falls already."""
-        start = self.lr_schedule.decay_start(self.planned_steps, self.decay_from)
-        if start is not None and self.step < start:
-            self.decay_from = self.step
-            self._event("stage", f"the learning rate falls from here on; the run ends at step {self.total_steps:,}")
-            self._record_run()
-
-    def set_weights(self, **weights: float) -> None:
-        """Change the weights of some terms, from the next step on: ``trainer.set_weights(kd=0.5)``.
-
-        Raises:
-            ValueError: a name that no term has, a negative weight, or nothing left for the LM term.
-        """
-        known = {t.name: t.weight for t in self.terms}
-        unknown = [name for name in weights if name not in known]
-        if unknown:
-            raise ValueError(
-                f"Trainer.set_weights: expected terms out of {', '.join(known)}, got {', '.join(unknown)}; the terms "
-                "of a run are given to build_trainer"
-            )
-        terms = tuple(replace(t, weight=float(weights.get(t.name, t.weight))) for t in self.terms)
-        changed = {t.name: t.weight for t in terms}
-        if "lm" in changed and not changed["lm"] > 0 and any(t.taught and t.weight > 0 for t in terms):
-            raise ValueError(
-                "Trainer.set_weights: expected a weight above 0 for lm beside the teacher's terms, got 0; without it "
-                "nobody sees whether the student still learns the language"
-            )
-        self.schedule.check(changed)
-        self.balance.check(changed)
-        self.terms = terms
-        self._event("changed", ", ".join(f"weight of {n} {known[n]:g} -> {v:g}" for n, v in weights.items()))
-
     def replace_terms(self, terms: Sequence[LossTerm]) -> str:
         """Go on with these terms, bound to the models; see :func:`kd_kit.trainer_builder.change_terms`."""
         self.resume()
@@ -402,10 +245,6 @@ class Trainer:
         if changes:
             self._event("changed", text)
         return text
-
-    def _elsewhere(self) -> bool:
-        """Whether the loop runs in another thread than this one."""
-        return self.running and threading.current_thread() not in (self._loop, self._background)
 
     def _refuse_beside_a_running_one(self) -> None:
         folder = str(self.session.folder)
@@ -679,53 +518,29 @@ class Trainer:
             settle_parts(self.module, self.teacher, (b.to(self.session.device, non_blocking=True) for b in batches))
 
     def _train_step(self, batches: list[DistillBatch], started: float) -> None:
-        """One optimizer step over all micro-batches, each term divided by its count in all of them.
+        """Take a step and record it.
 
         ``started`` is when its batches were asked for, so that a slow loader shows in the speed.
         """
-        accelerator = self.accelerator
         shares, rate = self.shares_at(self.step), self.rate_at(self.step)
-        measured_now = self.step % self.settings["measure_every"] == 0 and len(self.terms) > 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate_factor"]
-        each = [[term.count(b) for b in batches] for term in self.terms]  # on the host, where they are made
-        counts = [sum(of_term) for of_term in each]
-        batches = [b.to(self.session.device, non_blocking=True) for b in batches]
-        scales = [shares[t.name] / c if c else 0.0 for t, c in zip(self.terms, counts, strict=True)]
-        self.optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
-        asked = self.teacher is not None and self.module.needs.teacher
-        sums = torch.zeros(len(self.terms), device=self.session.device)
-        reading = next(iter(self.module.needs.readings), None)  # whose tail is recorded
-        tail = torch.zeros((), device=self.session.device)
-        extras: dict[str, torch.Tensor] = {}
-        gradients: torch.Tensor | None = None
+        measure = self.step % self.settings["measure_every"] == 0 and len(self.terms) > 1
         mark_stepped(self.student, True)
-        for number, batch in enumerate(batches):
-            signal = self.teacher.signal(batch) if asked else None
-            last = number == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self._prepared):
-                total, part, measured = self._prepared(batch, signal, scales, measured_now and number == 0)
-                accelerator.backward(total)
-            sums += part
-            gradients = measured.pop("gradients", gradients)
-            for name, value in measured.items():
-                extras[name] = extras[name] + value if name in extras else value
-            if reading is not None:
-                tail += signal.cells[reading.key].tail.exp().sum()
-        accelerator.unscale_gradients()
-        norm = clip_gradients(self.module, self.settings["max_grad_norm"])
-        skipped = accelerator.scaler is None and not math.isfinite(float(norm))
-        if not skipped:  # a scaler sees to this itself
-            self.optimizer.step()
-            skipped = bool(self.optimizer.step_was_skipped)
-        self.skipped_steps += skipped
-        self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
-        self.optimizer.zero_grad(set_to_none=True)
+        done = train_step(
+            self.accelerator,
+            self._prepared,
+            self.optimizer,
+            batches,
+            module=self.module,
+            teacher=self.teacher,
+            shares=shares,
+            rate=rate,
+            max_grad_norm=self.settings["max_grad_norm"],
+            measure=measure,
+        )
+        self.skipped_steps += done.skipped
+        self._skipped_in_row = self._skipped_in_row + 1 if done.skipped else 0
         self.step += 1
-        predicted = sum(len(b.rows) for b in batches)
-        aligned = sum(len(b.aligned_rows) for b in batches)
-        taught = sum(len(b.taught_rows) for b in batches)
-        self.tokens += predicted
+        self.tokens += done.predicted
         seconds = time.monotonic() - started
         left = self.session.remaining()
         record = {
@@ -736,27 +551,15 @@ class Trainer:
             "seconds": self.seconds + seconds,
             "lr": {group["name"]: rate * group["rate_factor"] for group in self.optimizer.param_groups},
             "skipped_steps": self.skipped_steps,
-            "tokens_per_second": predicted / max(seconds, 1e-9),
+            "tokens_per_second": done.predicted / max(seconds, 1e-9),
             "times_floor": None if self.floor_seconds is None else seconds / self.floor_seconds,
             "seconds_left": None if math.isinf(left) else left,
             "seconds_to_finish": (self.total_steps - self.step) * (self.seconds + seconds) / self.step,
-            "aligned_share": aligned / max(predicted, 1),
-            "taught_share": taught / max(predicted, 1),
+            "aligned_share": done.aligned / max(done.predicted, 1),
+            "taught_share": done.taught / max(done.predicted, 1),
         }
-        self._log.add(
-            record,
-            shares=shares,
-            counts=counts,
-            sums=sums,
-            norm=norm,
-            extras=extras,
-            tail=tail if reading else None,
-            tail_rows=sum(ROWS[reading.over](b) for b in batches) if reading else 0,
-            loss_scale=None if accelerator.scaler is None else accelerator.scaler._scale,
-            gradients=gradients,
-            gradient_counts=[of_term[0] for of_term in each],
-        )
-        if measured_now:  # now, and not when the log is next written: the weights of the next step depend on it
+        self._log.add(record, done, shares)
+        if measure:  # now, and not when the log is next written: the weights of the next step depend on it
             self._flush()
 
     def _flush(self) -> None:
@@ -811,24 +614,6 @@ class Trainer:
         """What changes at which step of the run, in words."""
         changes = self.schedule.changes({t.name: t.weight for t in self.terms}, self.total_steps)
         return changes + self.lr_schedule.changes(self.planned_steps)
-
-    def _margin(self) -> float:
-        """Seconds to keep for a step, its evaluation and the saves behind it."""
-        return 30 + 2 * self.seconds / max(self.step, 1) + 2 * self._longest_pause
-
-    def _time_is_over(self) -> bool:
-        """Whether another step, with evaluation and saves, might not fit into what is left of the session."""
-        return self.session.remaining() < self._margin()
-
-    def _decay_is_due(self) -> bool:
-        """Whether the session has just the time left that the decay takes, and not that of the whole run."""
-        left = self.session.remaining() - self._margin()
-        if math.isinf(left) or self.decay_from is not None or not self.step:
-            return False
-        seconds = 1.1 * self.seconds / self.step
-        falling = self.lr_schedule.decay_steps(self.planned_steps)
-        until = self.planned_steps - falling - self.step
-        return until > 0 and left <= (falling + 1) * seconds < (until + falling) * seconds
 
     # --- state --------------------------------------------------------------------------------------------------
 

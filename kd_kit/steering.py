@@ -1,0 +1,198 @@
+"""What can be asked of a run that goes on, from any thread: stop, pause, save, evaluate, other weights, an early end.
+
+A wish is kept in :class:`kd_kit.controls.Controls` and met by the loop between two steps, where the session's clock and
+the system's signals are looked at, too.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import replace
+
+from kd_kit.controls import Controls
+from kd_kit.session import StopRequests
+
+
+class Steering:
+    """The half of a :class:`kd_kit.trainer.Trainer` that its user steers it by."""
+
+    def __init__(self):
+        self.controls = Controls()
+        self.stop_reason: str | None = None
+        self._loop: threading.Thread | None = None  # the one that trains now
+        self._background: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._longest_pause = 0.0  # seconds that evaluation and saving took after one step, at most
+
+    def fit(self, steps: int | None = None, *, background: bool = False) -> str:
+        """Train to the end, or for ``steps`` more steps, from the newest good checkpoint of the run folder.
+
+        Ends early, having saved, when the session's time is over, on Interrupt or SIGTERM, or when a callback or
+        :meth:`stop` asks for it. Calling it again goes on.
+
+        Args:
+            background: train in a thread and give the notebook back at once, so that buttons act while it trains;
+                :meth:`wait` waits for the end and raises what went wrong. Random numbers that other cells draw
+                meanwhile are drawn from the same generators: a run with dropout is then not repeatable.
+
+        Returns:
+            why it stopped, also in ``stop_reason``; "running" in the background.
+
+        Raises:
+            ValueError: it is training already.
+        """
+        if self.running:
+            raise ValueError("Trainer.fit: expected a trainer at rest, got one that trains already; trainer.wait()")
+        self.controls.clear()
+        if not background:
+            return self._fit(steps)
+        self.resume()  # what is wrong with the folder shows in this cell
+        self.stop_reason, self._failure = None, None
+        self._background = threading.Thread(target=self._fit_behind, args=(steps,), name="kd_kit fit", daemon=True)
+        self._background.start()
+        return "running"
+
+    def wait(self, timeout: float | None = None) -> str | None:
+        """Wait for a run in the background, at most so many seconds.
+
+        Returns:
+            why it stopped; None if it still trains.
+
+        Raises:
+            whatever ended the run, if it failed.
+        """
+        if self._background is not None:
+            self._background.join(timeout)
+            if self._background.is_alive():
+                return None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        return self.stop_reason
+
+    @property
+    def running(self) -> bool:
+        """Whether it trains now, here or in the background."""
+        return self._loop is not None or (self._background is not None and self._background.is_alive())
+
+    def _fit_behind(self, steps: int | None) -> None:
+        try:
+            self._fit(steps)
+        except BaseException as error:  # said by wait(), in the thread of the user
+            self._failure = error
+            self.stop_reason = f"failed: {type(error).__name__}: {error}"
+            self._tell("on_stop")
+
+    def stop(self, reason: str = "stopped by request") -> None:
+        """End a run that is going on after its step, saved, with this as its ``stop_reason``."""
+        self.controls.stop(reason)
+
+    def pause(self) -> None:
+        """Let a run rest after its step, until :meth:`go_on`; it can be saved, evaluated and stopped meanwhile."""
+        self.controls.pause()
+
+    def go_on(self) -> None:
+        """End a rest."""
+        self.controls.go_on()
+
+    def decay_now(self) -> None:
+        """Let the learning rate fall from here on, over as many steps as planned for that, and end the run there.
+
+        Source: the stable phase can be left at any step, Hu et al. 2024, section 4, https://arxiv.org/abs/2404.06395
+
+        Raises:
+            ValueError: the learning rate has no decay, or falls already.
+        """
+        start = self.lr_schedule.decay_start(self.planned_steps, self.decay_from)
+        if start is None:
+            raise ValueError(
+                f"Trainer.decay_now: expected a learning rate with a decay, got {self.lr_schedule}; pass "
+                "lr_schedule=kd.LearningRate(decay=0.2) to build_trainer"
+            )
+        if self.step >= start:
+            raise ValueError(f"Trainer.decay_now: the learning rate falls already, since step {start:,}")
+        if self._elsewhere():
+            return self.controls.want("decay")
+        self.resume()
+        self._begin_decay()
+
+    def _begin_decay(self) -> None:
+        """As :meth:`decay_now`, between two steps; nothing where the rate falls already."""
+        start = self.lr_schedule.decay_start(self.planned_steps, self.decay_from)
+        if start is not None and self.step < start:
+            self.decay_from = self.step
+            self._event("stage", f"the learning rate falls from here on; the run ends at step {self.total_steps:,}")
+            self._record_run()
+
+    def set_weights(self, **weights: float) -> None:
+        """Change the weights of some terms, from the next step on: ``trainer.set_weights(kd=0.5)``.
+
+        Raises:
+            ValueError: a name that no term has, a negative weight, or nothing left for the LM term.
+        """
+        known = {t.name: t.weight for t in self.terms}
+        unknown = [name for name in weights if name not in known]
+        if unknown:
+            raise ValueError(
+                f"Trainer.set_weights: expected terms out of {', '.join(known)}, got {', '.join(unknown)}; the terms "
+                "of a run are given to build_trainer"
+            )
+        terms = tuple(replace(t, weight=float(weights.get(t.name, t.weight))) for t in self.terms)
+        changed = {t.name: t.weight for t in terms}
+        if "lm" in changed and not changed["lm"] > 0 and any(t.taught and t.weight > 0 for t in terms):
+            raise ValueError(
+                "Trainer.set_weights: expected a weight above 0 for lm beside the teacher's terms, got 0; without it "
+                "nobody sees whether the student still learns the language"
+            )
+        self.schedule.check(changed)
+        self.balance.check(changed)
+        self.terms = self.module.terms = terms
+        self._log.use(terms)
+        self._event("changed", ", ".join(f"weight of {n} {known[n]:g} -> {v:g}" for n, v in weights.items()))
+
+    def _elsewhere(self) -> bool:
+        """Whether the loop runs in another thread than this one."""
+        return self.running and threading.current_thread() not in (self._loop, self._background)
+
+    def _heed(self, requests: StopRequests) -> None:
+        """Between two steps: what the user, the session's clock and the system want."""
+        resting = False
+        while True:
+            for what in self.controls.take():
+                {"save": self._save_or_warn, "evaluate": self.evaluate_now, "decay": self._begin_decay}[what]()
+            if requests.reason or self.controls.stop_reason:
+                self.stop_reason = self.stop_reason or requests.reason or self.controls.stop_reason
+            elif self.stop_reason is None and self.step < self.total_steps and self._time_is_over():
+                self.stop_reason = "the session's time is over"
+            if self.stop_reason or not self.controls.paused:
+                break
+            if not resting:
+                resting = True
+                self._flush()
+                self._event("rests", "by request; trainer.go_on() ends it")
+                self._tell("on_log")
+            self.controls.rest(0.2)
+        if resting:
+            self._event("rests", "no longer")
+            self._tell("on_log")
+        if self.stop_reason is None and self.settings["finish_in_session"] and self._decay_is_due():
+            self._begin_decay()
+
+    def _margin(self) -> float:
+        """Seconds to keep for a step, its evaluation and the saves behind it."""
+        return 30 + 2 * self.seconds / max(self.step, 1) + 2 * self._longest_pause
+
+    def _time_is_over(self) -> bool:
+        """Whether another step, with evaluation and saves, might not fit into what is left of the session."""
+        return self.session.remaining() < self._margin()
+
+    def _decay_is_due(self) -> bool:
+        """Whether the session has just the time left that the decay takes, and not that of the whole run."""
+        left = self.session.remaining() - self._margin()
+        if math.isinf(left) or self.decay_from is not None or not self.step:
+            return False
+        seconds = 1.1 * self.seconds / self.step
+        falling = self.lr_schedule.decay_steps(self.planned_steps)
+        until = self.planned_steps - falling - self.step
+        return until > 0 and left <= (falling + 1) * seconds < (until + falling) * seconds

@@ -1,0 +1,110 @@
+"""One optimizer step: all micro-batches forward and backward, each term divided by its count in all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd_kit.module import DistillModule
+from kd_kit.optimizer import clip_gradients
+from kd_kit.teacher import LiveTeacher
+from kd_kit.terms import ROWS
+from kd_kit.types import DistillBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured. Tensors stay on the device; see :meth:`kd_kit.step_log.StepLog.add`.
+
+    Attributes:
+        counts: positions of every term. predicted, aligned, taught: positions of the batches.
+        skipped: the step was not taken, since its gradient was not finite.
+    """
+
+    counts: list[int]
+    sums: Tensor
+    norm: Tensor
+    extras: dict[str, Tensor]
+    tail: Tensor | None
+    tail_rows: int
+    loss_scale: Tensor | None
+    gradients: Tensor | None
+    gradient_counts: list[int]
+    predicted: int
+    aligned: int
+    taught: int
+    skipped: bool
+
+
+def train_step(
+    accelerator,
+    prepared,
+    optimizer,
+    batches: Sequence[DistillBatch],
+    *,
+    module: DistillModule,
+    teacher: LiveTeacher | None,
+    shares: Mapping[str, float],
+    rate: float,
+    max_grad_norm: float,
+    measure: bool,
+) -> StepResult:
+    """Take one step.
+
+    Args:
+        accelerator: of accelerate. prepared, optimizer: what it made of ``module`` and of the optimizer.
+        shares: of the total, of every term. rate: of the student; the groups' factors come on top.
+        measure: compare the terms' gradients on the first micro-batch.
+    """
+    terms, device = module.terms, accelerator.device
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_factor"]
+    each = [[term.count(b) for b in batches] for term in terms]  # on the host, where they are made
+    counts = [sum(of_term) for of_term in each]
+    scales = [shares[t.name] / c if c else 0.0 for t, c in zip(terms, counts, strict=True)]
+    batches = [b.to(device, non_blocking=True) for b in batches]
+    optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
+    reading = next(iter(module.needs.readings), None)  # whose tail is recorded
+    asked = teacher is not None and module.needs.teacher
+    sums, tail = torch.zeros(len(terms), device=device), torch.zeros((), device=device)
+    extras: dict[str, Tensor] = {}
+    gradients: Tensor | None = None
+    for number, batch in enumerate(batches):
+        signal = teacher.signal(batch) if asked else None
+        last = number == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
+            total, part, measured = prepared(batch, signal, scales, measure and number == 0)
+            accelerator.backward(total)
+        sums += part
+        gradients = measured.pop("gradients", gradients)
+        for name, value in measured.items():
+            extras[name] = extras[name] + value if name in extras else value
+        if reading is not None:
+            tail += signal.cells[reading.key].tail.exp().sum()
+    accelerator.unscale_gradients()
+    norm = clip_gradients(module, max_grad_norm)
+    skipped = accelerator.scaler is None and not math.isfinite(float(norm))
+    if not skipped:  # a scaler sees to this itself
+        optimizer.step()
+        skipped = bool(optimizer.step_was_skipped)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        counts=counts,
+        sums=sums,
+        norm=norm,
+        extras=extras,
+        tail=tail if reading else None,
+        tail_rows=sum(ROWS[reading.over](b) for b in batches) if reading else 0,
+        loss_scale=None if accelerator.scaler is None else accelerator.scaler._scale,
+        gradients=gradients,
+        gradient_counts=[of_term[0] for of_term in each],
+        predicted=sum(len(b.rows) for b in batches),
+        aligned=sum(len(b.aligned_rows) for b in batches),
+        taught=sum(len(b.taught_rows) for b in batches),
+        skipped=skipped,
+    )

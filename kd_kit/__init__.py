@@ -12,12 +12,16 @@ from kd_kit.kd_terms import kd_term, span_term
 from kd_kit.learning_rate import LearningRate, cosine
 from kd_kit.models import build_student, build_teacher, build_tokenizers, export
 from kd_kit.plots import loss_figure, loss_table
+from kd_kit.readings import Needs
 from kd_kit.sample import compare_text
+from kd_kit.schedule_plot import plot_schedule
 from kd_kit.session import build_session
 from kd_kit.stages import Schedule, constant, curriculum, piecewise, progressive, two_stage
 from kd_kit.state_terms import attention_term, contrastive_term, feature_term, layerwise_term, relation_term
+from kd_kit.term_evaluation import evaluate_terms
 from kd_kit.terms import LossTerm, lm_term
 from kd_kit.trainer_builder import build_trainer
+from kd_kit.types import LossValue
 from kd_kit.verification import verify
 from kd_kit.vocabulary_audit import audit
 
@@ -28,6 +32,8 @@ __all__ = [
     "EarlyStopping",
     "LearningRate",
     "LossTerm",
+    "LossValue",
+    "Needs",
     "Schedule",
     "agreement",
     "attention_term",
@@ -45,6 +51,7 @@ __all__ = [
     "cosine",
     "curriculum",
     "evaluate",
+    "evaluate_terms",
     "export",
     "feature_term",
     "fixed",
@@ -57,6 +64,7 @@ __all__ = [
     "loss_table",
     "losses",
     "piecewise",
+    "plot_schedule",
     "progressive",
     "relation_term",
     "router_term",

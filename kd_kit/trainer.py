@@ -186,7 +186,7 @@ class Trainer(Steering):
     def _run_to(self, end: int, requests: StopRequests) -> None:
         """The loop itself, and the save behind it."""
         self._write_run()
-        self._settle()
+        self.settle()
         self._reference_scores()
         self.module.train()
         self._tell("on_start")
@@ -510,7 +510,7 @@ class Trainer(Steering):
 
     # --- the step -----------------------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Let the parts of the terms see the first batches of the run before its first step: statistics, starts."""
         first = range(min(_SETTLING_BATCHES, self.data.batches_per_epoch))
         batches = self.data.batches(self.settings["seed"], first)

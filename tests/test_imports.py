@@ -79,6 +79,7 @@ LEVELS = {
         "trainer",
         "trainer_builder",
         "schedule_plot",
+        "term_evaluation",
     ],
     "judgement": [
         "verification",

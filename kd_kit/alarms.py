@@ -107,13 +107,16 @@ class Watch:
             streak.count, streak.well = 0, streak.well + 1
             if say and key in self._stands and streak.well >= streak.finding.patience:
                 self._stands.discard(key)
-                self._say("cleared", record["step"], streak.finding.gone, key)
+                if self._raised[key] <= MOST:
+                    self._say("cleared", record["step"], streak.finding.gone, key)
 
     def _raise(self, finding: Finding, since: int, step: int) -> None:
         self._stands.add(finding.key)
         self._raised[finding.key] = self._raised.get(finding.key, 0) + 1
-        if self._raised[finding.key] <= MOST:
-            self._say("alarm", step, finding.text(since), finding.key)
+        times = self._raised[finding.key]
+        if times <= MOST:
+            last = " (This comes and goes, and is not said again.)" if times == MOST else ""
+            self._say("alarm", step, finding.text(since) + last, finding.key)
 
     def _say(self, what: str, step: int, text: str, key: str) -> None:
         self.history.append({"kind": "event", "step": step, "what": what, "text": text, "key": key})

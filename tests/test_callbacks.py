@@ -7,7 +7,8 @@ import itertools
 import pytest
 from helpers import make_trainer
 
-from kd_kit import Callback
+from kd_kit import Callback, LearningRate, LossTerm, progressive
+from kd_kit.alarms import Watch
 from kd_kit.callbacks import PrintLines
 from kd_kit.history import History
 
@@ -90,28 +91,40 @@ def test_a_callback_stops_the_run_after_the_step_and_it_is_saved(tmp_path, hook)
     assert trainer.step == (2 if hook == "on_start" else 4)
 
 
+NINE = ("lm", "kd", "span", "feature", "layerwise", "relation", "attention", "contrastive", "router")
+
+
 class Fake:
     """What PrintLines sees of a trainer."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, *, stages=(), watch=None):
         self.step, self.total_steps, self.stop_reason = 0, total, None
         self.history = History()
+        self.stages = dict(stages)
+        self.watch = watch and watch(self.history)
+
+    def terms(self, step: int) -> dict:
+        term = {"value": 2.0, "weight": 0.5, "contribution": 1.0, "count": 100}
+        return {"lm": term, "kd": term, "span": term | {"value": None}}
 
     def run(self, printer, *, eval_every: int, save_every: int, record_every: int = 10):
         printer.on_start(self)
         for step in range(1, self.total_steps + 1):
             self.step = step
-            term = {"value": 2.0, "weight": 0.5, "contribution": 1.0, "count": 100}
             self.history.append(
                 {
                     "kind": "train",
                     "step": step,
                     "total": 2.0,
-                    "terms": {"lm": term, "kd": term, "span": term | {"value": None}},
+                    "terms": self.terms(step),
                     "lr": {"student": 1e-4},
                     "tokens_per_second": 1234.5,
                 }
             )
+            if self.watch:
+                self.watch.look([self.history.last("train")])
+            if step in self.stages:
+                self.history.append({"kind": "event", "step": step, "what": "stage", "text": self.stages[step]})
             if step % record_every == 0:
                 printer.on_log(self)
             if step % eval_every == 0:
@@ -138,6 +151,32 @@ def test_a_long_run_prints_few_lines():
     assert len(steps) == 125
     assert all("lm 2.000 (x0.50)" in line and "lr 1.0e-04" in line for line in steps)
     assert not any("span" in line for line in steps), "a term without a value has nothing to show"
+
+
+class Sick(Fake):
+    """Nine terms, of which every one leaves its range, comes back and leaves it again, all through the run."""
+
+    def terms(self, step: int) -> dict:
+        value = 150.0 if step // 60 % 2 else 0.3
+        term = {"value": value, "weight": 1 / 9, "contribution": value / 9, "count": 100}
+        return dict.fromkeys(NINE, term)
+
+
+def test_a_long_run_in_which_everything_goes_wrong_prints_few_lines_too():
+    lines = []
+    terms = [LossTerm(name=n, weight=1, unit="", healthy=(0.1, 5), value=lambda *_: None) for n in NINE]
+    schedule, rate = progressive(("layerwise",), ("feature", "relation"), ("attention", "router")), LearningRate()
+    stages = schedule.changes(dict.fromkeys(NINE, 1.0), 12_500) + rate.changes(12_500)
+    fake = Sick(12_500, stages=stages, watch=lambda history: Watch(history, terms))
+    fake.run(PrintLines(print=lines.append), eval_every=500, save_every=250)
+    assert len(stages) >= 5
+    assert sum("stage: " in line for line in lines) == len(stages)
+    assert sum("alarm: " in line for line in lines) >= 9
+    assert len("\n".join(lines).splitlines()) < 400
+    steps = [line for line in lines if " total " in line]
+    assert len(steps) == 125
+    assert max(map(len, steps)) < 240
+    assert all(f"{name} " in steps[0] for name in NINE)
 
 
 def test_events_are_told_once():

@@ -120,6 +120,10 @@ class PrintLines(Callback):
     def on_stop(self, trainer) -> None:
         self._tell_events(trainer)
         self.print(f"stopped at step {trainer.step:,}: {trainer.stop_reason}")
+        best = getattr(trainer, "best_step", None)
+        if best is not None and best < trainer.step and not trainer.stopped_early:
+            figure = f"{trainer.best:.4f} bits per byte"
+            self.print(f"the best evaluation was at step {best:,} ({figure}); trainer.load_best() takes its weights")
 
     def _tell_events(self, trainer) -> None:
         events = trainer.history.events

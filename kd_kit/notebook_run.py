@@ -49,6 +49,7 @@ def run_notebook(path: Path, out: Path, *, timeout: int = 3600) -> Path:
         notebook,
         timeout=timeout,
         kernel_name="python3",
+        store_widget_state=False,  # code-hosting pages refuse a notebook whose widgets they cannot show
         resources={"metadata": {"path": str(Path.cwd())}},
         on_cell_execute=before,
     )

@@ -160,7 +160,7 @@ class Trainer(Steering):
             early = self.stopped_early and self._early_stopping is not None
             if self.step < end and not early:
                 self._loop = threading.current_thread()
-                _RUNNING[str(self.session.folder)] = self
+                _RUNNING[self._address] = self
                 try:
                     self._run_to(end, requests)
                 except BaseException:
@@ -169,7 +169,7 @@ class Trainer(Steering):
                     raise
                 finally:
                     self._loop = None
-                    _RUNNING.pop(str(self.session.folder), None)
+                    _RUNNING.pop(self._address, None)
             else:
                 self.stop_reason = "finished" if self.step >= self.total_steps else "paused"
                 hint = "other settings or more steps want a run of another name, or steps="
@@ -247,12 +247,15 @@ class Trainer(Steering):
         return text
 
     def _refuse_beside_a_running_one(self) -> None:
-        folder = str(self.session.folder)
-        if folder in _RUNNING or any(other.student is self.student for other in _RUNNING.values()):
+        if self._address in _RUNNING or any(other.student is self.student for other in _RUNNING.values()):
             raise ValueError(
                 f"build_trainer: expected a run at rest, got one that trains in the background in "
-                f"{folder!r}, or with this student; stop it first: trainer.stop(); trainer.wait()"
+                f"{str(self.session.folder)!r}, or with this student; stop it first: trainer.stop(); trainer.wait()"
             )
+
+    @property
+    def _address(self) -> str:
+        return str(self.session.folder.resolve())
 
     def shares_at(self, step: int) -> dict[str, float]:
         """Share of the total of every term at an optimizer step (the first is 0), as things stand now.
@@ -379,14 +382,16 @@ class Trainer(Steering):
     def evaluate_now(self) -> float | None:
         """Held-out bits per byte of the student on the run's evaluation windows, recorded in the history.
 
-        None where a run in the background was asked to do it.
+        Not recorded while the student holds its best weights (:meth:`load_best`), which are of another step. None where a run in the background was asked to do it.
         """
         if self._elsewhere():
             return self.controls.want("evaluate")
         self.resume()
         self._flush()
         result = self._score(self.student)
-        if not self._holds_best and (self.best is None or result < self.best):
+        if self._holds_best:
+            return result  # of other weights than those of this step: no part of its history
+        if self.best is None or result < self.best:
             self.best, self.best_step = result, self.step
             self._keep_best()
         self.history.append({"kind": "eval", "step": self.step, "bits_per_byte": result, "seconds": self.seconds})

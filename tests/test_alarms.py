@@ -239,6 +239,12 @@ def test_an_alarm_that_is_over_is_said_so_and_can_come_again_a_few_times():
     assert run.cleared == ["kd is back in its range"] * 3
 
 
+def test_one_good_step_is_no_all_clear():
+    run = Run().steps(STEPS, kd=5.0).steps(STEPS - 1).steps(1, kd=5.0).steps(STEPS - 1)
+    assert run.cleared == []
+    assert run.steps(1).cleared == ["kd is back in its range"]
+
+
 def test_a_resumed_run_repeats_nothing_and_knows_what_stands():
     run = Run().steps(STEPS + 5, kd=5.0)
     again = Run(history=run.history)

@@ -394,6 +394,9 @@ def test_the_best_weights_are_for_looking_at_and_not_for_going_on(tmp_path):
     trainer.fit(steps=3)
     last = weights_of(trainer)
     assert trainer.load_best() == (1, 1.0)
+    lines = len(trainer.history)
+    assert trainer.evaluate_now() == 4.0
+    assert len(trainer.history) == lines, "a figure of other weights is no part of the history"
     assert any(not torch.equal(w, last[n]) for n, w in weights_of(trainer).items())
     with pytest.raises(ValueError, match="expected the weights of the last step, got the best ones"):
         trainer.save()

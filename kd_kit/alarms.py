@@ -261,7 +261,7 @@ class Watch:
         if lm is None or len(record["terms"]) < 2:
             return
         share = parts["lm"] / whole if "lm" in parts and whole > 0 and math.isfinite(parts["lm"]) else None
-        if lm["value"] is None or lm["weight"] == 0 or (share is not None and share < 0.001):
+        if lm["value"] is None or (share is not None and share < 0.001):
             had = "nothing to predict" if lm["value"] is None else f"weight {lm['weight']:.3g}"
             yield Finding(
                 "gone:lm",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import math
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_kit.table import plain
@@ -12,6 +16,7 @@ from kd_kit.table import plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from numpy import ndarray
 
 MAX_POINTS = 800  # of one line; a panel is some 290 pixels wide
@@ -36,12 +41,22 @@ _STYLES: dict[str, tuple[str, Any]] = {
 }
 _SPARE = [(colour, dash) for dash in (DOTTED, DASHED) for colour in (ORANGE, BLUE, VERMILION, BLACK)]
 INK, GREY, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
+SICK = frozenset({"low", "high", "impossible", "absent", "fights lm", "too weak", "too strong", "no gradient"})
+"""Words beside a line that are written in bold."""
 SMALL, NORMAL, LARGE = 8.5, 9.5, 12.0  # points; 8.5 are 12 pixels at 100 dpi
 
 
 def clip(text: str, length: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def fit(written: Text, room: float) -> Text:
+    """The same text, cut so that it is at most ``room`` pixels wide."""
+    while (width := written.get_window_extent().width) > room:
+        text = written.get_text()
+        written.set_text(clip(text, min(len(text) - 1, int(len(text) * room / width))))
+    return written
 
 
 def decimate(steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS) -> tuple[ndarray, ndarray]:
@@ -77,6 +92,57 @@ def term_styles(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
         order = [_SPARE[(start + i) % len(_SPARE)] for i in range(len(_SPARE))]
         styles.setdefault(name, next((s for s in order if s not in styles.values()), order[0]))
     return {name: styles[name] for name in names}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A white figure of so many inches at 100 dots each, with no part in pyplot; a notebook shows it as it is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = _shown_figure()(figsize=(width, height), dpi=100, facecolor="white", layout="none")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+@functools.cache
+def _shown_figure() -> type:
+    """A Figure that a notebook shows without pyplot; made when first wanted, since matplotlib is slow to import."""
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            return figure_png(self)
+
+    return ShownFigure
+
+
+def figure_png(figure: Figure, dpi: int = 100) -> bytes:
+    """The figure as PNG in 256 colours, exactly figsize x dpi pixels (never cropped to its content).
+
+    The eye sees no difference; the file is a third of one in all colours, and every notebook holds it.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    before, buffer = figure.dpi, io.BytesIO()
+    figure.set_dpi(dpi)
+    try:
+        with quiet_glyphs():
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+        image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE).save(buffer, "PNG")
+    finally:
+        figure.set_dpi(before)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def quiet_glyphs() -> Iterator[None]:
+    """A run named in a script that the font lacks is drawn with boxes, and not warned of at every redraw."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        yield
 
 
 def new_panel(figure: Figure, box: tuple[float, float, float, float], title: str) -> Axes:
@@ -161,8 +227,8 @@ def plain_ticks(ax: Axes) -> None:
 
 def note(ax: Axes, text: str, *, reach: float) -> None:
     """A remark on the title's line, ending ``reach`` pixels right of the panel."""
-    x = 1 + reach / ax.bbox.width
-    ax.text(x, 1.035, text, transform=ax.transAxes, ha="right", size=SMALL, color=GREY, parse_math=False)
+    x, y = 1 + reach / ax.bbox.width, 1 + 8 / ax.bbox.height
+    ax.text(x, y, text, transform=ax.transAxes, ha="right", size=SMALL, color=GREY, parse_math=False)
 
 
 def log_limits(values: Sequence[float]) -> tuple[float, float]:
@@ -180,34 +246,69 @@ def log_ticks(bottom: float, top: float) -> Any:
     return FixedLocator([m * 10.0**p for p in powers for m in inner if bottom <= m * 10.0**p <= top])
 
 
-def label_ends(ax: Axes, labels: Sequence[tuple[float, str, Any, tuple[str, ...]]]) -> None:
+def stack(
+    ax: Axes, x: Sequence[float], parts: ndarray, styles: dict[str, tuple[str, Any]], *, faint: bool = False
+) -> ndarray:
+    """Areas on top of each other, one per style in its order, with white seams; paler where ``faint``.
+
+    A single point is drawn as a bar around it.
+
+    Shapes:
+        x: [N]. parts: [terms, N], not negative, NaN for a gap
+        returns: the seams, [terms + 1, N], of which row 0 is zero
+    """
+    import numpy as np
+
+    x, edges = np.asarray(x, dtype=float), np.vstack([np.zeros(len(x)), np.cumsum(parts, axis=0)])
+    wide = edges
+    if len(x) == 1:
+        x, wide = np.array([x[0] - 1, x[0] + 1]), np.repeat(edges, 2, axis=1)
+    for i, (name, (colour, dash)) in enumerate(styles.items()):
+        strength = (0.75 if dash == "-" else 0.45) * (0.45 if faint else 1.0)
+        label = f"{name}, planned" if faint else name
+        ax.fill_between(x, wide[i], wide[i + 1], facecolor=colour, lw=0, alpha=strength, label=label)
+        ax.plot(x, wide[i + 1], color="white", lw=0.4, label=f"seam of {label}")
+    ax.grid(False)
+    return edges
+
+
+def now_line(ax: Axes, step: float) -> None:
+    """Where the run is, on an axis that shows all of it."""
+    ax.axvline(step, color=INK, lw=1.3, label="now")
+
+
+def label_ends(
+    ax: Axes, labels: Sequence[tuple[float, str, Any, tuple[str, ...]]], *, numbers: int = 1, length: int = 18
+) -> None:
     """Write (y, colour, dash, (name, number, word)) beside the panel, with a leader from each line's end.
 
-    Like a small table: names left, numbers flush right, then words; labels that would overlap move apart.
+    Like a small table: names left, ``numbers`` columns flush right, then words; labels that would overlap move
+    apart. A word out of :data:`SICK` makes all but the name bold; names longer than ``length`` are cut.
     """
     from matplotlib.lines import Line2D
 
     width, height, floor = ax.bbox.width, ax.bbox.height, ax.bbox.y0
     ends = [ax.transData.transform((1, y))[1] - floor if math.isfinite(y) else height for y, *_ in labels]
     ends = [min(max(end, 0.0), height) for end in ends]
-    columns: tuple[list[Any], ...] = ([], [], [])
-    for (_, colour, dash, texts), end, place in zip(labels, ends, _spread(ends, 14.5, height), strict=True):
+    columns: list[list[Any]] = [[] for _ in range(max((len(texts) for *_, texts in labels), default=0))]
+    for (_, colour, dash, texts), end, place in zip(labels, ends, _spread(ends, 14.5, height - 5), strict=True):
         x = [1.0 + pixels / width for pixels in (0, 7, 20)]
         y = [end / height, place / height, place / height]
         shared = {"transform": ax.transAxes, "clip_on": False, "color": colour}
         ax.add_line(Line2D(x[:2], y[:2], lw=0.7, **shared))
         ax.add_line(Line2D(x[1:], y[1:], lw=2.0, ls=dash, **shared))
-        sick = texts[-1] in ("low", "high", "impossible", "absent")
+        sick = texts[-1] in SICK
         look = {"size": SMALL, "color": INK, "va": "center_baseline", "parse_math": False}
         for i, text in enumerate(texts):
             weight = "bold" if sick and i else "normal"
-            written = ax.text(1, y[1], clip(text, 18), transform=ax.transAxes, weight=weight, **look)
+            written = ax.text(1, y[1], clip(text, 18 if i else length), transform=ax.transAxes, weight=weight, **look)
             columns[i].append(written)
     reach = 24.0
     for i, column in enumerate(columns):
-        widest = max((written.get_window_extent().width for written in column), default=0.0)
+        right = 1 <= i <= numbers
+        widest = max(written.get_window_extent().width for written in column)
         for written in column:
-            written.set(x=1 + (reach + (widest if i == 1 else 0)) / width, ha="right" if i == 1 else "left")
+            written.set(x=1 + (reach + (widest if right else 0)) / width, ha="right" if right else "left")
         reach += widest + 8
 
 

@@ -6,125 +6,112 @@ Labels stand at the ends of the lines, so that a value is read without a legend 
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kd_kit.drawing import (
     BLUE,
     DASHED,
     DOTTED,
+    FAINT,
     GREY,
     INK,
     LARGE,
     MAX_POINTS,
     NORMAL,
+    SMALL,
+    VERMILION,
     clip,
     decimate,
     draw_line,
+    fit,
     label_ends,
     log_limits,
     log_ticks,
     mean_width,
+    new_figure,
     new_panel,
-    note,
     plain_ticks,
+    quiet_glyphs,
     rim_marks,
     running_mean,
     say,
+    stack,
     step_axis,
     term_styles,
 )
 from kd_kit.history import History, verdict
-from kd_kit.table import Table, plain, short
+from kd_kit.run_panels import TALL, WIDE, draw_gradients, draw_rates, draw_shares, draw_speed, per_cent, remark
+from kd_kit.run_table import (
+    alarm_lines,
+    clock,
+    last_events,
+    loss_table,
+    measurements,
+)
+from kd_kit.table import plain, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from kd_kit.schedule_plot import Plan
 
-def loss_table(history: History) -> Table:
-    """What every term was at the last logged step, and its share of the total in per cent.
-
-    Shares are of the sum of the magnitudes, so that they add up to 100 even beside a negative contribution.
-    """
-    step = history.last("train") or {"terms": {}}
-    parts = {name: _finite(t.get("contribution")) for name, t in step["terms"].items()}
-    whole = sum(abs(part) for part in parts.values() if part is not None)
-    rows = []
-    for name, meta in history.terms.items():
-        now = step["terms"].get(name, {})
-        value, part = now.get("value"), parts.get(name)
-        share = "-" if part is None or not whole else _share(part / whole)
-        rows.append(
-            (
-                name,
-                short(value),
-                meta.get("unit") or "-",
-                _span(meta),
-                verdict(meta, value),
-                "-" if now.get("weight") is None else plain(now["weight"]),
-                short(now.get("contribution")),
-                share,
-            )
-        )
-    if "step" in step:
-        rows.append(("total", "", "", "", "", "", short(step.get("total")), "100.0" if whole else "-"))
-    return Table(
-        title=_status(history),
-        columns=("term", "value", "unit", "healthy", "verdict", "weight", "contribution", "share %"),
-        rows=tuple(rows),
-        note=_held_out(history),
-        words=("term", "unit", "verdict"),
-    )
+_LEFT, _RIGHT = (64, 282), (624, 214)  # start and width of the panels; the labels need the rest
+_NARROW = (64, 236)  # where labels have four columns
 
 
-def loss_figure(history: History, *, control: History | None = None, title: str | None = None) -> Figure:
-    """Four panels of a run, 1000 x 640 pixels at 100 dpi, whatever the history holds, even nothing.
+def loss_figure(
+    history: History,
+    *,
+    control: History | None = None,
+    title: str | None = None,
+    plan: Plan | None = None,
+    settings: Mapping[str, Any] | None = None,
+    failure: str | None = None,
+    footer: str = "",
+) -> Figure:
+    """A run in seven panels, 1000 x 916 pixels at 100 dpi, whatever the history holds, even nothing.
 
-    Upper left: the raw value of every term on a log axis with its healthy band, last value and verdict in
-    words; a cross at the upper rim is a value that is not finite, a triangle at the lower rim one that is not
-    positive. Upper right: weight x value, stacked, with the share of each term. Lower left: held-out bits per
-    byte of the student, of ``control`` (the same student trained by LM loss alone), and the references. Lower
-    right: the weights, and the learning rate of each group.
+    Above, where the run is: progress, the session's clock, alarms that stand. Then, from the upper left:
+
+    - the raw value of every term on a log axis with its healthy band, last value and verdict in words; a cross at
+      the upper rim is a value that is not finite, a triangle at the lower rim one that is not positive;
+    - weight x value, stacked, with the share of each term;
+    - shares of the gradient at the steps where it was measured, with the cosine of each term's gradient with that
+      of lm, and what is wrong with it in words;
+    - the weights of the terms as shares: what was, and paler, with a ``plan``, what is to come;
+    - held-out bits per byte of the student, of ``control`` (the same student trained by LM loss alone), and the
+      references;
+    - the learning rate of each group, and the speed.
 
     Long lines are thinned to 800 points, keeping the extremes. Thin lines are single steps, thick ones their
     running mean.
+
+    Args:
+        plan: of the run, from :func:`kd_kit.schedule_plot.plan_of`; without it only what was recorded is drawn.
+        settings: of the trainer, ``trainer.settings``. failure: what ended the run, if it failed.
+        footer: written small below everything.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure = new_figure(WIDE / 100, TALL / 100)
 
-    figure = Figure(figsize=(10, 6.4), dpi=100, facecolor="white", layout="none")
-    FigureCanvasAgg(figure)
-    _header(figure, history, title)
-    upper, lower, height = 0.537, 0.075, 0.338
-    left, right = (0.064, 0.282), (0.622, 0.226)  # start and width; the labels need the rest
+    def panel(column: tuple[int, int], top: int, tall: int, title: str) -> Axes:
+        """A panel whose upper edge is ``top`` pixels below the figure's."""
+        left, width = column
+        return new_panel(figure, (left / WIDE, 1 - (top + tall) / TALL, width / WIDE, tall / TALL), title)
 
-    def panel(column: tuple[float, float], bottom: float, tall: float, title: str) -> Axes:
-        return new_panel(figure, (column[0], bottom, column[1], tall), title)
-
-    _draw_magnitudes(panel(left, upper, height, "Raw value of each term"), history)
-    _draw_contributions(panel(right, upper, height, "Weight × value"), history)
-    _draw_held_out(panel(left, lower, height, "Held-out text, lower is better"), history, control)
-    weights = panel(right, lower + 0.135, height - 0.135, "Weights and learning rate")
-    _draw_schedule(weights, panel(right, lower, 0.11, ""), history)
+    with quiet_glyphs():
+        _draw_header(figure, history, title, settings, failure)
+        _draw_magnitudes(panel(_LEFT, 168, 200, "Raw value of each term"), history)
+        _draw_contributions(panel(_RIGHT, 168, 200, "Weight × value"), history)
+        draw_gradients(panel(_NARROW, 426, 180, "Share of the gradient"), history)
+        draw_shares(panel(_RIGHT, 426, 180, "Share of the weights"), history, plan)
+        _draw_held_out(panel(_LEFT, 664, 190, "Held-out text"), history, control, settings)
+        draw_rates(panel(_RIGHT, 664, 66, "Learning rate"), history, plan)
+        draw_speed(panel(_RIGHT, 782, 72, "Speed, tokens per second"), history)
+        figure.text(0.988, 8 / TALL, footer, size=SMALL, color=GREY, ha="right", parse_math=False)
     return figure
-
-
-def figure_png(figure: Figure, dpi: int = 100) -> bytes:
-    """The figure as PNG, exactly figsize x dpi pixels (never cropped to its content)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    before, buffer = figure.dpi, io.BytesIO()
-    figure.set_dpi(dpi)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # a run named in Chinese
-            FigureCanvasAgg(figure).print_png(buffer)
-    finally:
-        figure.set_dpi(before)
-    return buffer.getvalue()
 
 
 # Panels
@@ -178,7 +165,7 @@ def _draw_magnitudes(ax: Axes, history: History) -> None:
     ax.yaxis.set_major_locator(log_ticks(bottom, top))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plain(v)))
     ax.yaxis.set_minor_locator(NullLocator())
-    note(ax, "bars: healthy range", reach=215)
+    remark(ax, "bars: healthy range")
     label_ends(ax, labels)
 
 
@@ -200,15 +187,9 @@ def _draw_contributions(ax: Axes, history: History) -> None:
     total = running_mean(totals, width)
     thin = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).round().astype(int))
     x, total = np.asarray(steps, dtype=float)[thin], total[thin]
-    edges = np.vstack([np.zeros(len(x)), np.cumsum(parts[:, thin], axis=0)])
-    if len(x) == 1:  # one record: a bar as wide as the panel
-        x, total, edges = np.array([x[0] - 1, x[0] + 1]), np.repeat(total, 2), np.repeat(edges, 2, axis=1)
-    for i, name in enumerate(names):
-        colour, dash = styles[name]
-        fill = {"facecolor": colour, "lw": 0, "alpha": 0.75 if dash == "-" else 0.45}
-        ax.fill_between(x, edges[i], edges[i + 1], label=name, **fill)
-    ax.plot(x, total, color=INK, lw=1.4, label="total")
-    ax.grid(False)
+    edges = stack(ax, x, parts[:, thin], styles)
+    around = ([x[0] - 1, x[0] + 1], [total[0]] * 2) if len(x) == 1 else (x, total)
+    ax.plot(*around, color=INK, lw=1.4, label="total")
     step_axis(ax, steps)
     drawn = np.concatenate([edges[-1], total[np.isfinite(total)]])
     usual, highest = float(np.quantile(drawn, 0.95)), float(drawn.max())
@@ -218,24 +199,25 @@ def _draw_contributions(ax: Axes, history: History) -> None:
     ax.set_ylabel("weighted nats" + (f", cut (up to {short(highest)})" if cut else ""))
     plain_ticks(ax)
     last = history.last("train") or {"terms": {}}
-    now, shares = last["terms"], {row[0]: row[-1] for row in loss_table(history).rows}
+    table = loss_table(history)
+    now, shares = last["terms"], {row[0]: row[table.columns.index("share %")] for row in table.rows}
     labels = []
     for i, name in enumerate(names):
         middle = min((edges[i][-1] + edges[i + 1][-1]) / 2, ax.get_ylim()[1])
         part = now.get(name, {}).get("contribution")
         text = "absent" if part is None else _percent(shares[name]) if math.isfinite(part) else short(part)
         labels.append((middle, *styles[name], (name, text)))
-    note(ax, f"total {short(last.get('total'))}", reach=132)
+    remark(ax, f"total {short(last.get('total'))}")
     label_ends(ax, labels)
 
 
-def _draw_held_out(ax: Axes, history: History, control: History | None) -> None:
+def _draw_held_out(ax: Axes, history: History, control: History | None, settings: Mapping[str, Any] | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
     steps, bits = history.evaluations()
     others = control.evaluations() if control is not None else ([], [])
     levels = {name: value for name, value in history.references().items() if math.isfinite(value)}
-    ax.set_ylabel("bits per byte")
+    ax.set_ylabel("bits per byte, lower is better")
     ax.set_xlabel("optimizer step")
     good = [v for v in [*bits, *others[1], *levels.values()] if math.isfinite(v)]
     if not good:
@@ -262,104 +244,57 @@ def _draw_held_out(ax: Axes, history: History, control: History | None) -> None:
         rim_marks(ax, x, y, colour, positive=False)
         end = y[-1] if math.isfinite(y[-1]) else ax.get_ylim()[1]
         labels.append((end, colour, dash, (name, f"{y[-1]:.3f}")))
+    windows, words = (settings or {}).get("eval_windows"), []
     both = sorted(set(steps) & set(others[0]))
     if both:
         gain = bits[steps.index(both[-1])] - others[1][others[0].index(both[-1])]
-        note(ax, f"student - control at step {both[-1]:,}: {gain:+.3f}", reach=215)
-    label_ends(ax, labels)
-
-
-def _draw_schedule(weights: Axes, rates: Axes, history: History) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    styles = term_styles(history.terms)
-    greys = ((INK, "-"), (GREY, "-"), (GREY, DASHED), (INK, DOTTED))
-    _draw_settings(weights, {n: (*history.series(n, "weight"), *styles[n]) for n in history.terms}, "weight")
-    groups = enumerate(history.groups)
-    _draw_settings(rates, {n: (*history.column("lr", n), *greys[i % 4]) for i, n in groups}, "rate")
-    if weights.lines and rates.lines:
-        weights.tick_params(labelbottom=False)
-        rates.yaxis.set_major_locator(MaxNLocator(2))
-    rates.set_xlabel("optimizer step")
-
-
-def _draw_settings(ax: Axes, lines: dict[str, tuple[Any, ...]], what: str) -> None:
-    """What the user or a schedule sets, on a linear axis from zero."""
-    lines = {name: line for name, line in lines.items() if line[0]}
-    ax.set_ylabel(what)
-    if not lines:
-        return say(ax, "no steps yet")
-    for name, (steps, values, colour, dash) in lines.items():
-        marker = "o" if len(steps) == 1 else ""
-        ax.plot(*decimate(steps, values), color=colour, ls=dash, lw=1.6, marker=marker, ms=3.5, label=name)
-    good = [v for _, values, *_ in lines.values() for v in values if math.isfinite(v)]
-    top = max(good, default=0.0)
-    ax.set_ylim(min(0.0, *good, 0.0), 1.08 * top if top > 0 else 1.0)
-    step_axis(ax, [s for steps, *_ in lines.values() for s in steps])
-    plain_ticks(ax)
-    said = short if what == "weight" else plain  # weights are shares that a schedule works out
-    labels = [(v[-1], colour, dash, (name, said(v[-1]))) for name, (_, v, colour, dash) in lines.items()]
+        words.append(f"student - control at step {both[-1]:,}: {gain:+.3f}")
+    if windows:
+        words.insert(0, f"{windows:,} windows" if words else f"on {windows:,} evaluation windows")
+    remark(ax, " · ".join(words))
     label_ends(ax, labels)
 
 
 # Words
 
 
-def _status(history: History) -> str:
-    """Where the run is, in one line."""
-    now = history.last("train")
-    if now is None:
-        return "no steps yet"
-    whole = history.total_steps
-    parts = [f"step {now['step']:,}" + (f" of {whole:,} ({now['step'] / whole:.0%})" if whole else "")]
-    for field, text in (
-        ("epoch", "epoch {:.2f}"),
-        ("tokens_per_second", "{:,.0f} tokens/s"),
-        ("grad_norm", "gradient norm {:.3g}"),
-        ("skipped_steps", "{:,} skipped"),
-        ("taught_share", "{:.0%} of tokens taught"),
-        ("tail_mass", "tail mass {:.3f}"),
-    ):
-        value = now.get(field)
-        if value is not None:
-            parts.append(text.format(value))
-    return " · ".join(parts)
+def _draw_header(
+    figure: Figure, history: History, title: str | None, settings: Mapping[str, Any] | None, failure: str | None
+) -> None:
+    from matplotlib.patches import Rectangle
 
+    def write(x: float, top: float, text: str, room: float, **how: Any) -> None:
+        look = {"size": NORMAL, "color": INK, "parse_math": False} | how
+        if text:
+            fit(figure.text(x / WIDE, 1 - top / TALL, clip(text, 200), **look), room)
 
-def _held_out(history: History) -> str:
-    steps, bits = history.evaluations()
-    parts = [f"student {bits[-1]:.3f} at step {steps[-1]:,}"] if steps else []
-    parts += [f"{name} {value:.3f}" for name, value in history.references().items()]
-    return "held-out bits per byte: " + ", ".join(parts) if parts else ""
-
-
-def _header(figure: Figure, history: History, title: str | None) -> None:
     if title is None:
         title = f"Run {history.run_id}" if history.run_id else "Loss terms of the run"
-    figure.text(0.012, 0.965, clip(title, 55), size=LARGE, weight="bold", color=INK, parse_math=False)
-    figure.text(0.012, 0.932, clip(_status(history), 150), size=NORMAL, color=GREY, parse_math=False)
-    events = [e for e in history.events if e["what"] != "saved"]
-    if events:
-        text = f"{events[-1]['what']} at step {events[-1]['step']:,}: {events[-1]['text']}"
-        figure.text(0.988, 0.968, clip(text, 80), size=NORMAL, ha="right", color=INK, parse_math=False)
+    write(12, 27, title, 430, size=LARGE, weight="bold")
+    now, whole = history.last("train"), history.total_steps
+    step = 0 if now is None else now["step"]
+    done = min(1.0, step / whole) if whole else 0.0
+    place = "no steps yet" if now is None else f"step {step:,}" + (f" of {whole:,} · {done:.0%}" if whole else "")
+    write(12, 50, place, 300, weight="bold")
+    said, warned = (failure, True) if failure else clock(history, settings)
+    weight = "bold" if warned else "normal"
+    write(988, 50, said, 660, ha="right", color=VERMILION if warned else INK, weight=weight)
+    for share, colour in ((1.0, FAINT), (done, BLUE)):
+        box = (12 / WIDE, 1 - 62 / TALL), share * 976 / WIDE, 6 / TALL
+        figure.add_artist(Rectangle(*box, facecolor=colour, lw=0, transform=figure.transFigure))
+    write(12, 80, " · ".join(measurements(now or {})), 976, color=GREY)
+    lines, events = alarm_lines(history), last_events(history, 2)
+    look: dict[str, Any] = {"color": VERMILION, "weight": "bold"}
+    if lines:
+        write(988, 27, events[-1] if events else "", 530, ha="right")
+    else:
+        lines, look = ["No alarm stands." if now is not None else "", *events], {"color": GREY}
+    for i, line in enumerate(lines[:3]):
+        write(12, 102 + 17 * i, line, 976, size=SMALL, **({} if i else look))
 
 
 def _percent(share: str) -> str:
     """A share of the table as a label; never "0 %" for something."""
     if share == "-":
         return share
-    return "<1 %" if share.startswith("<") or 0 < float(share) < 1 else f"{float(share):.0f} %"
-
-
-def _share(part: float) -> str:
-    """Per cent with one digit behind the point; never "0.0" for something."""
-    return "<0.1" if 0 < part < 0.0005 else f"{100 * part:.1f}"
-
-
-def _span(meta: dict[str, Any]) -> str:
-    band = meta.get("healthy")
-    return f"{band[0]:g} - {band[1]:g}" if band else "-"
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    return "<1 %" if share.startswith("<") else per_cent(float(share))

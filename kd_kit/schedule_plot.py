@@ -18,6 +18,7 @@ from kd_kit.drawing import (
     SMALL,
     clip,
     label_ends,
+    new_figure,
     new_panel,
     note,
     plain_ticks,
@@ -118,15 +119,11 @@ def plot_schedule(trainer) -> Figure:
     Raises:
         ValueError: ``trainer`` is no trainer.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     plan = plan_of(trainer)
     more = len(plan.changes) - _LISTED
     rows = min(len(plan.changes), _LISTED) + (more > 0)
     tall = 506 + 17 * rows + (8 if rows else 0)  # pixels
-    figure = Figure(figsize=(10, tall / 100), dpi=100, facecolor="white", layout="none")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, tall / 100)
     top = tall - 26
     figure.text(0.012, top / tall, "Plan of the run", size=LARGE, weight="bold", color=INK)
     figure.text(0.012, (top - 21) / tall, clip(plan.title, 150), size=NORMAL, color=GREY, parse_math=False)

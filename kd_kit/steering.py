@@ -81,8 +81,9 @@ class Steering:
             self._fit(steps)
         except BaseException as error:  # said by wait(), in the thread of the user
             self._failure = error
-            self.stop_reason = f"failed: {type(error).__name__}: {error}"
-            self._tell("on_stop")
+            if self.stop_reason is None:  # before the loop; the loop tells of its own failures
+                self.stop_reason = f"failed: {type(error).__name__}: {error}".removesuffix(": ")
+                self._tell("on_stop")
 
     def stop(self, reason: str = "stopped by request") -> None:
         """End a run that is going on after its step, saved, with this as its ``stop_reason``."""

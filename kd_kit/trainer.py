@@ -163,7 +163,10 @@ class Trainer(Steering):
                 _RUNNING[self._address] = self
                 try:
                     self._run_to(end, requests)
-                except BaseException:
+                except BaseException as error:
+                    self.stop_reason = f"failed: {type(error).__name__}: {error}".removesuffix(": ")
+                    with contextlib.suppress(Exception):  # what ended the run is what is said
+                        self._tell("on_stop")
                     self._prepare()  # a step may be half done: what goes on later goes on from the last checkpoint
                     self._log = self._new_log()
                     raise
@@ -382,7 +385,8 @@ class Trainer(Steering):
     def evaluate_now(self) -> float | None:
         """Held-out bits per byte of the student on the run's evaluation windows, recorded in the history.
 
-        Not recorded while the student holds its best weights (:meth:`load_best`), which are of another step. None where a run in the background was asked to do it.
+        Not recorded while the student holds its best weights (:meth:`load_best`), which are of another step. None
+        where a run in the background was asked to do it.
         """
         if self._elsewhere():
             return self.controls.want("evaluate")

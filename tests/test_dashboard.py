@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from kd_kit import dashboard as module
+from kd_kit.callbacks import PrintLines
+from kd_kit.controls import Controls
 from kd_kit.dashboard import Dashboard, build_dashboard, in_notebook
 from kd_kit.history import History
 
@@ -75,8 +78,11 @@ def screen(monkeypatch):
             assert raw
             sent.append(("update", self.number, bundle))
 
-    def display(bundle: dict, *, raw: bool, display_id: bool) -> Handle:
-        assert raw and display_id
+    def display(bundle: dict, *, raw: bool, display_id: bool = False) -> Handle | None:
+        assert raw
+        if not display_id:
+            sent.append(("widget", 0, bundle))
+            return None
         number = 1 + sum(what == "show" for what, *_ in sent)
         sent.append(("show", number, bundle))
         return Handle(number)
@@ -88,7 +94,7 @@ def screen(monkeypatch):
 
 def follow(trainer: SimpleNamespace, clock: Clock) -> Dashboard:
     dashboard = build_dashboard(trainer)
-    dashboard._clock = clock
+    dashboard._clock, dashboard._born = clock, clock()
     return dashboard
 
 
@@ -134,6 +140,7 @@ def test_never_shown_it_appears_where_training_starts(screen, clock):
 def test_redraws_are_paced_by_their_cost(screen, clock):
     trainer = a_trainer()
     dashboard = follow(trainer, clock)
+    dashboard.on_start(trainer)
     clock.cost = 0.1
     dashboard.show()
     for passed, drawn in ((4.9, False), (0.2, True), (1.1, False), (3.8, False), (0.2, True)):
@@ -186,7 +193,7 @@ def test_the_same_cell_run_twice_leaves_one_dashboard():
 def test_histories_are_read_from_the_trainer_at_every_draw(screen, monkeypatch):
     seen = []
 
-    def figure(history: History, *, control: History | None, title: str | None) -> None:
+    def figure(history: History, *, control: History | None, title: str | None, **_: object) -> None:
         seen.append((history, control, title))
 
     monkeypatch.setattr(module, "loss_figure", figure)
@@ -239,6 +246,150 @@ def test_a_picture_that_fails_does_not_end_the_run(screen, clock, capsys, monkey
     assert kinds(screen) == [("show", 1), ("update", 1)]
 
 
+def in_a_thread(act) -> None:
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_evaluations_are_drawn_at_once_only_while_that_is_cheap(screen, clock):
+    """An evaluation after every step must not become a picture after every step."""
+    trainer = a_trainer()
+    dashboard = follow(trainer, clock)
+    dashboard.on_start(trainer)
+    for _ in range(10_000):
+        clock.now += 0.05
+        dashboard.on_evaluate(trainer)
+    passed = clock.now - dashboard._born
+    assert dashboard._spent < 0.02 * passed + module.ALLOWANCE + 3 * clock.cost
+    before = dashboard.updates
+    trainer.controls = Controls()
+    trainer.controls.pause()
+    dashboard.on_evaluate(trainer)  # while the run rests, nothing waits for the picture
+    assert dashboard.updates == before + 1
+    trainer.controls.go_on()
+    dashboard.on_evaluate(trainer)
+    assert dashboard.updates == before + 1
+    dashboard.on_stop(trainer)  # and the end is always drawn
+    dashboard.on_evaluate(trainer)  # as is what comes after it
+    assert dashboard.updates == before + 3
+
+
+def test_only_what_a_run_waits_for_counts_as_its_time(screen, clock):
+    trainer = a_trainer(controls=Controls())
+    dashboard = follow(trainer, clock)
+    dashboard.show()
+    assert dashboard._spent == 0
+    dashboard.on_start(trainer)
+    assert dashboard._spent == pytest.approx(clock.cost)
+    trainer.controls.pause()
+    dashboard.on_log(trainer)
+    assert dashboard.updates == 3 and dashboard._spent == pytest.approx(clock.cost)
+
+
+def test_the_first_step_and_every_rest_are_drawn_at_once(screen, clock):
+    trainer = a_trainer(history=a_history(0), controls=Controls())
+    dashboard = follow(trainer, clock)
+    monitored = []
+    dashboard.on_start(trainer)
+
+    def report() -> None:
+        before = dashboard.updates
+        dashboard.on_log(trainer)
+        monitored.append(dashboard.updates > before)
+
+    report()  # nothing yet
+    log(trainer.history, 1)
+    report()
+    log(trainer.history, 2)
+    report()
+    trainer.controls.pause()
+    report()
+    report()
+    trainer.controls.go_on()
+    report()
+    assert monitored == [False, True, False, True, False, True]
+
+
+def test_the_figure_gets_plan_settings_cost_and_failure(screen, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "loss_figure", lambda *_, **how: seen.append(how))
+    monkeypatch.setattr(module, "figure_png", lambda figure: b"")
+    monkeypatch.setattr(module, "plan_of", lambda trainer: ("plan of", trainer))
+    trainer = a_trainer(settings={"eval_windows": 64}, shares_at=None, stop_reason="paused")
+    dashboard = build_dashboard(trainer)
+    dashboard.show()
+    dashboard.on_start(trainer)
+    trainer.stop_reason = "failed: ValueError: no"
+    dashboard.on_stop(trainer)
+    assert [how["plan"] for how in seen] == [("plan of", trainer)] * 3
+    assert [how["settings"] for how in seen] == [{"eval_windows": 64}] * 3
+    assert [how["failure"] for how in seen] == [None, None, "failed: ValueError: no"]
+    assert seen[0]["footer"] == "" and seen[2]["footer"].startswith("2 pictures took")
+    assert "failed: ValueError: no" in screen[-1][2]["text/plain"]
+
+
+def test_a_newer_dashboard_takes_the_place_of_the_older(screen, clock):
+    trainer = a_trainer()
+    old = follow(trainer, clock)
+    old.show()
+    new = follow(trainer, clock)
+    new.show()
+    for callback in list(trainer.callbacks):
+        callback.on_evaluate(trainer)
+    old.update(force=True)
+    assert kinds(screen) == [("show", 1), ("show", 2), ("update", 2)]
+    assert "not shown" in repr(old)
+
+
+def test_lines_are_printed_as_before_where_there_is_no_place_for_them(screen, clock):
+    """Without buttons, in the foreground, and once another dashboard has the run."""
+    printed: list[str] = []
+    lines = PrintLines(print=printed.append)
+    before = lines.print
+    trainer = a_trainer(callbacks=[lines])
+    dashboard = follow(trainer, clock)
+    lines.print("not shown")
+    dashboard.show()
+    lines.print("in the foreground")
+    in_a_thread(lambda: lines.print("in the background, without a panel"))
+    assert printed == ["not shown", "in the foreground", "in the background, without a panel"]
+    newer = follow(trainer, clock)
+    assert len(newer._prints) == 1
+    newer.give_way()
+    assert lines.print is before
+
+
+def test_ten_thousand_steps_add_one_small_picture_to_a_notebook(screen):
+    """What a saved notebook holds of a run is the last bundle, as JSON: at most 300 KB."""
+    import random
+
+    draw = random.Random(0)
+    names = ("lm", "kd", "span", "feature", "layerwise", "relation", "attention", "contrastive", "router")
+    history = History()
+    history.append({"kind": "run", "run_id": "demo", "total_steps": 10_000, "terms": {n: {} for n in names}})
+    for step in range(1, 10_001):
+        terms = {}
+        for i, name in enumerate(names):
+            value = 10.0 ** (1 - i / 3) * draw.lognormvariate(0, 0.3)
+            terms[name] = {"value": value, "weight": 1 / 9, "contribution": value / 9, "count": 64}
+            if step % 100 == 1:
+                terms[name] |= {"grad_share": 1 / 9, "cosine": draw.uniform(-1, 1), "grad_norm": 1.0}
+        more = {"gradients": {"at": "embeddings"}} if step % 100 == 1 else {}
+        speed = draw.lognormvariate(9, 0.2)
+        record = {
+            "kind": "train",
+            "step": step,
+            "total": sum(t["contribution"] for t in terms.values()),
+            "terms": terms,
+        }
+        history.append({**record, "lr": {"student": 1e-4}, "tokens_per_second": speed, **more})
+    Dashboard(history).show()
+    [(_, _, bundle)] = screen
+    assert 20_000 < len(json.dumps(bundle)) < 300_000
+
+
 CELLS = (
     """
 import warnings; warnings.simplefilter("error")
@@ -270,7 +421,8 @@ print(dashboard.updates)
 )
 
 
-def test_a_real_notebook_keeps_one_small_image(tmp_path, monkeypatch):
+def execute(cells: tuple[str, ...], tmp_path: Path, monkeypatch) -> tuple[Path, dict]:
+    """Run the cells in a kernel of this Python; the saved notebook's path and content."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     kernel = tmp_path / "kernels" / "python3"
@@ -279,13 +431,20 @@ def test_a_real_notebook_keeps_one_small_image(tmp_path, monkeypatch):
     spec = {"argv": start, "display_name": "this Python", "language": "python"}
     (kernel / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(Path(module.__file__).parents[1]))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources={}).execute()
+    folders = Path(module.__file__).parents[1], Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", ":".join(map(str, folders)))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={}, store_widget_state=False
+    )
+    client.execute()
     path = tmp_path / "run.ipynb"
     nbformat.write(notebook, path)
+    return path, json.loads(path.read_text())
 
-    saved = json.loads(path.read_text())
+
+def test_a_real_notebook_keeps_one_small_image(tmp_path, monkeypatch):
+    path, saved = execute(CELLS, tmp_path, monkeypatch)
     outputs = [cell["outputs"] for cell in saved["cells"]]
     assert outputs[0] == []
     [shown] = outputs[1]
@@ -295,3 +454,48 @@ def test_a_real_notebook_keeps_one_small_image(tmp_path, monkeypatch):
     assert "".join(printed["text"]) == "101\n"
     assert path.stat().st_size < 300_000
     assert "widgets" not in saved["metadata"]
+
+
+RUN = (
+    """
+import pathlib
+import kd_kit as kd
+from helpers import make_trainer
+trainer = make_trainer(pathlib.Path("FOLDER"), steps=12, log_every=2)
+""",
+    "kd.build_dashboard(trainer)",
+    "trainer.fit(background=True)",
+    "trainer.wait()",
+)
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def test_a_run_in_the_background_of_a_real_notebook(tmp_path, monkeypatch):
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    cells = (RUN[0].replace("FOLDER", str(tmp_path / "run")), *RUN[1:])
+    path, saved = execute(cells, tmp_path, monkeypatch)
+    outputs = [cell["outputs"] for cell in saved["cells"]]
+    buttons, picture, log = outputs[1]
+    for widget in (buttons, log):
+        assert set(widget["data"]) == {VIEW, "text/plain"}
+        assert "while the notebook is live" in "".join(widget["data"]["text/plain"])
+    assert set(picture["data"]) == {"image/png", "text/plain"}
+    twin = "".join(picture["data"]["text/plain"])
+    assert "step 12 of 12 (100%)" in twin and "at rest: finished" in twin
+    assert "stopped at step 12: finished" in twin  # the log's last line
+    for cell, said in ((2, "'running'"), (3, "'finished'")):
+        [answer] = outputs[cell]  # and no line of the log beside it
+        assert "".join(answer["data"]["text/plain"]) == said
+    assert path.stat().st_size < 300_000
+    assert "widgets" not in saved["metadata"]
+
+
+def test_in_a_batch_run_of_kaggle_there_is_the_picture_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    cells = (RUN[0].replace("FOLDER", str(tmp_path / "run")), RUN[1], "trainer.fit()")
+    _, saved = execute(cells, tmp_path, monkeypatch)
+    outputs = [cell["outputs"] for cell in saved["cells"]]
+    [picture] = outputs[1]
+    assert set(picture["data"]) == {"image/png", "text/plain"}
+    printed = "".join("".join(o["text"]) for o in outputs[2] if o["output_type"] == "stream")
+    assert "stopped at step 12: finished" in printed

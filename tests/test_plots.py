@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from kd_kit.drawing import decimate, term_styles
+from kd_kit.drawing import decimate, figure_png, label_ends, new_panel, stack, term_styles
 from kd_kit.history import History
-from kd_kit.plots import figure_png, loss_figure, loss_table
+from kd_kit.plots import loss_figure, loss_table
 from kd_kit.table import Table, plain, short
 
 np = pytest.importorskip("numpy")
@@ -44,6 +45,22 @@ def build(curves: dict, *, steps=range(1, 11), metas=METAS, evaluations=(), refe
     return history
 
 
+def measure(history: History, step: int, shares: dict, cosines: dict) -> None:
+    """Put what a comparison of gradients says into the record of a step, as the trainer does."""
+    record = next(r for r in history.records if r["kind"] == "train" and r["step"] == step)
+    for name, share in shares.items():
+        record["terms"][name] |= {"grad_norm": 1.0, "grad_share": share, "cosine": cosines.get(name)}
+    record["gradients"] = {"at": "state after layer 1", "terms": list(shares), "cosines": []}
+
+
+def a_plan(total: int = 400, now: int = 0, **shares) -> SimpleNamespace:
+    """What plan_of gives, with shares that go from the first number to the second over the run."""
+    steps = tuple(range(total))
+    lines = {name: tuple(a + (b - a) * s / (total - 1) for s in steps) for name, (a, b) in shares.items()}
+    rates = {"student": tuple(1e-3 * (total - s) / total for s in steps)}
+    return SimpleNamespace(steps=steps, shares=lines, rates=rates, total=total, now=now)
+
+
 def constant(value: float | None):
     return lambda step: value
 
@@ -64,6 +81,12 @@ def png_size(png: bytes) -> tuple[int, int]:
     return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
 
 
+def measured_once(share: float = 0.7) -> History:
+    history = build({"lm": constant(4.0), "kd": constant(1.0)})
+    measure(history, 1, {"lm": 1 - share, "kd": share}, {"kd": 0.2})
+    return history
+
+
 HISTORIES = {
     "empty": History(),
     "only declared": build({"lm": constant(3.0)}, steps=()),
@@ -81,6 +104,8 @@ HISTORIES = {
     "undeclared": build({"mine": constant(1.0), "$x$ <b>": constant(2.0)}),
     "sick": build({"kd": constant(34.0), "feature": constant(170.0)}, steps=range(1, 100), grad_norm=math.nan),
     "bare": build({"lm": constant(4.0)}, lr=None, grad_norm=None, tail_mass=None, taught_share=0.93),
+    "measured once": measured_once(),
+    "no gradient": measured_once(math.nan),
     "all one level": build({"lm": constant(4.0)}, evaluations=[(1, 2.0), (2, 2.0)], references=[("teacher", 2.0)]),
 }
 
@@ -89,14 +114,16 @@ HISTORIES = {
 def test_every_history_is_drawn(name):
     history = HISTORIES[name]
     figure = loss_figure(history, control=HISTORIES["only evaluated"])
-    assert png_size(figure_png(figure)) == (1000, 640)
+    planned = loss_figure(history, plan=a_plan(lm=(1.0, 0.4), kd=(0.0, 0.6)), settings={"eval_windows": 8})
+    assert png_size(figure_png(planned)) == (1000, 916)
+    assert png_size(figure_png(figure)) == (1000, 916)
     assert str(loss_table(history))
     assert "<table>" in loss_table(history)._repr_html_()
 
 
 def test_pixels_follow_dpi_and_the_figure_stays_as_it_was():
     figure = loss_figure(History())
-    assert png_size(figure_png(figure, dpi=50)) == (500, 320)
+    assert png_size(figure_png(figure, dpi=50)) == (500, 458)
     assert figure.get_dpi() == 100
 
 
@@ -155,21 +182,27 @@ def test_held_out_panel_has_student_control_and_teacher():
     )
     control = build({}, steps=(), evaluations=[(0, 3.9), (50, 2.9), (100, 2.48)])
     figure = loss_figure(history, control=control, title="A title")
-    ax = figure.axes[2]
+    ax = figure.axes[4]
     assert list(line(ax, "student").get_ydata()) == [3.9, 2.8, 2.4]
     assert list(line(ax, "control (LM only)").get_ydata()) == [3.9, 2.9, 2.48]
     assert line(ax, "control (LM only)").get_linestyle() == "--"
     assert set(line(ax, "teacher").get_ydata()) == {1.85}
-    wanted = {"2.400", "2.480", "1.850", "student - control at step 100: -0.080", "A title", "bits per byte"}
+    wanted = {
+        "2.400",
+        "2.480",
+        "1.850",
+        "student - control at step 100: -0.080",
+        "A title",
+        "bits per byte, lower is better",
+    }
     assert wanted <= set(texts(figure))
 
 
-def test_weights_and_rates_are_drawn_by_step():
-    history = build({"lm": constant(4.0), "kd": constant(2.0)})
-    weights, rates = loss_figure(history).axes[3:]
-    assert list(line(weights, "kd").get_ydata()) == [0.5] * 10
-    assert list(line(rates, "student").get_ydata()) == [3e-4] * 10
-    assert weights.get_ylabel() == "weight"
+def test_the_windows_of_an_evaluation_are_said():
+    history = build({"lm": constant(4.0)}, evaluations=[(0, 3.9), (50, 2.8)])
+    assert "on 64 evaluation windows" in texts(loss_figure(history, settings={"eval_windows": 64}))
+    found = texts(loss_figure(history, control=history, settings={"eval_windows": 64}))
+    assert "64 windows · student - control at step 50: +0.000" in found
 
 
 def test_no_line_is_longer_than_1500_points_and_spikes_stay():
@@ -194,17 +227,51 @@ def test_decimate_keeps_ends_and_extremes(points):
         assert (np.nanmin(thin_y), np.nanmax(thin_y)) == (np.nanmin(y), np.nanmax(y))
 
 
-@pytest.mark.parametrize("name", ["many", "sick", "nan at last", "zero and negative"])
+def in_trouble() -> History:
+    """Ten terms with gradients, a finding of every kind, and texts as long as they get."""
+    history = build({name: constant(0.1 * i) for i, name in enumerate(NAMES)}, steps=range(1, 300))
+    shares = dict.fromkeys(NAMES, 0.001) | {"lm": 0.992}
+    measure(history, 299, shares, {name: -0.45 for name in NAMES if name != "lm"})
+    for i in range(12):
+        text = (
+            f"{'it went quite wrong ' * 12}, since step 1,234. Likely: {'one does not know ' * 12}. Try: {'all ' * 60}"
+        )
+        history.append({"kind": "event", "step": 12_345, "what": "alarm", "text": text, "key": str(i)})
+    history.append({"kind": "event", "step": 12_345, "what": "changed", "text": "one thing and another " * 20})
+    return history
+
+
+CROWDED = {
+    **{name: (HISTORIES[name], {}) for name in ("many", "sick", "nan at last", "zero and negative", "measured once")},
+    "in trouble": (in_trouble(), {"failure": "failed: RuntimeError: " + "out of memory " * 30, "title": "Run " * 50}),
+    "planned": (
+        in_trouble(),
+        {
+            "plan": a_plan(**dict.fromkeys(NAMES, (0.1, 0.1))),
+            "footer": "1,234 pictures took 123.4 s, 12.3 % of the time",
+        },
+    ),
+}
+
+
+def drawn_ticks(ax) -> list:
+    low, high = ax.get_ylim()
+    return [tick for tick in ax.get_yticklabels() if low <= tick.get_position()[1] <= high]
+
+
+@pytest.mark.parametrize("name", CROWDED)
 def test_labels_do_not_overlap_and_stay_inside(name):
-    figure = loss_figure(HISTORIES[name], control=HISTORIES["only evaluated"])
+    history, more = CROWDED[name]
+    figure = loss_figure(history, control=HISTORIES["only evaluated"], settings={"eval_windows": 1234}, **more)
     figure_png(figure)
     boxes = [(t.get_text(), t.get_window_extent()) for t in figure.texts if t.get_text()]
     for ax in figure.axes:
         boxes += [(t.get_text(), t.get_window_extent()) for t in ax.texts if t.get_text()]
         boxes += [(a.label.get_text(), a.label.get_window_extent()) for a in (ax.xaxis, ax.yaxis)]
+        boxes += [(t.get_text(), t.get_window_extent()) for t in [*drawn_ticks(ax), ax._left_title]]
     boxes = [(text, box) for text, box in boxes if text]
     for i, (text, box) in enumerate(boxes):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= 1000 and box.y1 <= 640, text
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= 1000 and box.y1 <= 916, text
         for other, place in boxes[i + 1 :]:
             # boxes hold the room of ascenders and descenders: let those touch
             wide = min(box.x1, place.x1) - max(box.x0, place.x0)
@@ -217,18 +284,6 @@ def test_a_term_keeps_its_colour_and_no_two_look_alike():
     assert alone["kd"] == together["kd"]
     assert len(set(together.values())) == 12
     assert term_styles(["mine"]) == term_styles(["mine"])
-
-
-def test_table_has_every_figure():
-    history = build({"lm": constant(4.0), "kd": constant(34.0), "feature": constant(None)})
-    table = loss_table(history)
-    assert table.columns == ("term", "value", "unit", "healthy", "verdict", "weight", "contribution", "share %")
-    assert table.rows[0] == ("lm", "4.00", "nats/token", "2 - 6", "healthy", "0.5", "2.00", "10.5")
-    assert table.rows[1] == ("kd", "34.0", "nats/token", "0.1 - 3", "impossible", "0.5", "17.0", "89.5")
-    assert table.rows[2] == ("feature", "-", "1 - cos", "0.1 - 0.8", "absent", "0.5", "-", "-")
-    assert table.rows[3][0] == "total"
-    shares = [float(row[-1]) for row in table.rows[:2]]
-    assert sum(shares) == pytest.approx(100)
 
 
 def test_table_prints_aligned_and_escapes():
@@ -256,8 +311,87 @@ def test_plain_numbers():
 
 def test_import_is_cheap_and_pyplot_stays_out():
     code = (
-        "import sys, kd_kit.plots as plots; from kd_kit.history import History; "
-        "assert 'matplotlib' not in sys.modules; plots.figure_png(plots.loss_figure(History())); "
+        "import sys, kd_kit.plots as plots, kd_kit.drawing as drawing; from kd_kit.history import History; "
+        "assert 'matplotlib' not in sys.modules; drawing.figure_png(plots.loss_figure(History())); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def header(history: History, **more) -> list[str]:
+    return [text.get_text() for text in loss_figure(history, **more).texts]
+
+
+def test_the_header_says_where_the_run_is():
+    history = build({"lm": constant(4.0)}, steps=range(1, 101), seconds_left=7800.0, seconds_to_finish=3900.0)
+    found = header(history)
+    assert "step 100 of 400 · 25%" in found
+    assert "2 h 10 min left of the session, 1 h 05 min to finish" in found
+    assert "No alarm stands." in found
+    whole, done = loss_figure(history).artists
+    assert done.get_width() == pytest.approx(0.25 * whole.get_width())
+
+
+def test_the_header_has_the_newest_alarm_and_a_failure():
+    history = build({"lm": constant(4.0)})
+    for key in "ab":
+        text = f"{key} went wrong, since step 3. Likely: a bug. Try: another seed"
+        history.append({"kind": "event", "step": 9, "what": "alarm", "text": text, "key": key})
+    history.append({"kind": "event", "step": 9, "what": "changed", "text": "weight of kd 0.3 -> 0.5"})
+    found = header(history, failure="failed: ValueError: no", footer="3 pictures")
+    assert {"2 alarms stand, the newest: b went wrong, since step 3.", "Likely: a bug.", "Try: another seed"} <= set(
+        found
+    )
+    assert {"failed: ValueError: no", "changed at step 9: weight of kd 0.3 -> 0.5", "3 pictures"} <= set(found)
+
+
+def test_a_stack_has_its_seams_and_bars_for_one_point():
+    from matplotlib.figure import Figure
+
+    ax = new_panel(Figure(), (0.1, 0.1, 0.4, 0.4), "")
+    styles = term_styles(["lm", "kd"])
+    edges = stack(ax, [1, 2], np.array([[1.0, 2.0], [3.0, 4.0]]), styles)
+    assert edges.tolist() == [[0, 0], [1, 2], [4, 6]]
+    assert stack(ax, [5], np.array([[1.0], [3.0]]), styles, faint=True).tolist() == [[0], [1], [4]]
+    strong, faint = (next(c for c in ax.collections if c.get_label() == label) for label in ("kd", "kd, planned"))
+    assert faint.get_alpha() < strong.get_alpha()
+    [path] = faint.get_paths()
+    assert (path.vertices[:, 0].min(), path.vertices[:, 0].max()) == (4, 6)
+
+
+def test_columns_of_numbers_are_flush_right():
+    from matplotlib.figure import Figure
+
+    ax = new_panel(Figure(), (0.1, 0.1, 0.4, 0.4), "")
+    rows = [("kd", "5 %", "0.31", "too weak"), ("contrastive", "12 %", "-0.4", "")]
+    label_ends(ax, [(i, "red", "-", row) for i, row in enumerate(rows)], numbers=2, length=6)
+    sides = {text.get_text(): text.get_ha() for text in ax.texts}
+    assert [sides[text] for text in ("kd", "5 %", "0.31", "too weak")] == ["left", "right", "right", "left"]
+    assert "contr…" in sides
+    assert {t.get_text() for t in ax.texts if t.get_weight() == "bold"} == {"5 %", "0.31", "too weak"}
+
+
+def test_the_picture_keeps_its_colours():
+    """In 256 colours every line has its own: two terms that differ by colour alone must not become one."""
+    from io import BytesIO
+
+    from matplotlib.colors import to_rgb
+    from PIL import Image
+
+    plan = a_plan(**dict.fromkeys(NAMES, (0.1, 0.1)))
+    image = np.asarray(Image.open(BytesIO(figure_png(loss_figure(History(), plan=plan)))).convert("RGB")).astype(int)
+    for name, (colour, _) in term_styles(NAMES).items():
+        wanted = np.array([round(255 * part) for part in to_rgb(colour)])
+        assert np.abs(image - wanted).max(axis=-1).min() <= 3, name
+
+
+def test_a_run_may_have_a_name_in_any_script():
+    figure = loss_figure(build({"损失": constant(1.0)}), title="蒸馏 " * 40)
+    assert png_size(figure_png(figure)) == (1000, 916)
+
+
+def test_a_notebook_shows_a_figure_that_pyplot_does_not_know():
+    from IPython.core.formatters import DisplayFormatter
+
+    data, _ = DisplayFormatter().format(loss_figure(History()))
+    assert data["image/png"].startswith(b"\x89PNG")

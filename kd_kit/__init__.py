@@ -1,6 +1,6 @@
 """kd_kit: distil a language model into a smaller one with another tokenizer, cell by cell, and see why it learns."""
 
-from kd_kit import losses
+from kd_kit import looks, losses
 from kd_kit.balance import fixed, gradient_share
 from kd_kit.callbacks import Callback, EarlyStopping
 from kd_kit.checkpoint import inspect_checkpoint
@@ -12,6 +12,8 @@ from kd_kit.kd_terms import kd_term, span_term
 from kd_kit.learning_rate import LearningRate, cosine
 from kd_kit.models import build_student, build_teacher, build_tokenizers, export
 from kd_kit.plots import loss_figure, loss_table
+from kd_kit.preflight import run_preflight
+from kd_kit.probe_panel import build_probe
 from kd_kit.readings import Needs
 from kd_kit.sample import compare_text
 from kd_kit.schedule_plot import plot_schedule
@@ -40,6 +42,7 @@ __all__ = [
     "audit",
     "build_dashboard",
     "build_data",
+    "build_probe",
     "build_session",
     "build_student",
     "build_teacher",
@@ -60,6 +63,7 @@ __all__ = [
     "kd_term",
     "layerwise_term",
     "lm_term",
+    "looks",
     "loss_figure",
     "loss_table",
     "losses",
@@ -68,6 +72,7 @@ __all__ = [
     "progressive",
     "relation_term",
     "router_term",
+    "run_preflight",
     "score",
     "span_term",
     "two_stage",

@@ -49,11 +49,13 @@ from kd_kit.terms import LossTerm, lm_term
 from kd_kit.train_step import train_step
 from kd_kit.types import DistillBatch
 
+SETTLING_BATCHES = 16
+"""Batches of the run that the parts of the terms look at before its first step."""
+
 RECORD_EVERY = 10
 """Steps between two transfers of what was measured from the device to the host."""
 
 _MAX_SKIPPED = 20  # more than a gradient scaler needs to find its scale
-_SETTLING_BATCHES = 16  # that the parts of the terms look at before the first step
 _RUNNING: weakref.WeakValueDictionary[str, Trainer] = weakref.WeakValueDictionary()  # loops of this process, by folder
 
 
@@ -521,7 +523,7 @@ class Trainer(Steering):
 
     def settle(self) -> None:
         """Let the parts of the terms see the first batches of the run before its first step: statistics, starts."""
-        first = range(min(_SETTLING_BATCHES, self.data.batches_per_epoch))
+        first = range(min(SETTLING_BATCHES, self.data.batches_per_epoch))
         batches = self.data.batches(self.settings["seed"], first)
         with self.accelerator.autocast():
             settle_parts(self.module, self.teacher, (b.to(self.session.device, non_blocking=True) for b in batches))

@@ -92,6 +92,7 @@ LEVELS = {
         "token_text",
         "passes",
         "term_changes",
+        "probe_settings",
         "scales",
         "probe_plot",
         "probe",

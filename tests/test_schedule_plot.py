@@ -12,8 +12,7 @@ import pytest
 from helpers import make_trainer
 
 from kd_kit import LearningRate, constant, cosine, curriculum, piecewise, progressive, two_stage
-from kd_kit.drawing import term_styles
-from kd_kit.drawing import figure_png
+from kd_kit.drawing import figure_png, term_styles
 from kd_kit.schedule_plot import Plan, plan_of, plot_schedule
 
 WEIGHTS = {

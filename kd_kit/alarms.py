@@ -15,6 +15,7 @@ from kd_kit.history import History, verdict
 from kd_kit.table import short
 from kd_kit.terms import LossTerm
 
+FAR = 10  # times the top of a range: no untrained student is so far above, so nothing is waited for
 STEPS = 50  # in a row, of what is judged at every step
 MEASUREMENTS = 3  # in a row, of what is judged where gradients are compared
 HALVES = 100  # steps in each of the two stretches that are compared for a trend
@@ -125,7 +126,7 @@ class Watch:
 
     def _judged(self, record: Mapping) -> set[str]:
         """Kinds of conditions that this record says something about: where it says nothing, nothing is over."""
-        kinds = {"finite", "impossible", "empty", "gone", "scale"}
+        kinds = {"finite", "impossible", "far", "empty", "gone", "scale"}
         if record["step"] > self.grace:
             kinds.add("range")
         if "gradients" in record:
@@ -200,6 +201,16 @@ class Watch:
                 patience=1,
                 gone=f"{name} is possible again",
             )
+        elif judged == "high" and value > FAR * term.healthy[1] > 0:
+            yield Finding(
+                f"far:{name}",
+                f"{name} is {value / term.healthy[1]:.0f} times the top of its range: {short(value)} {term.unit}, healthy "
+                f"{low_high}",
+                "a loss that is a sum where it should be a mean, or is not normalised",
+                "kd.build_probe(trainer).scales() tells with what it grows; compare with the kit's own term",
+                f"{name} is no longer far above its range",
+                patience=MEASUREMENTS,
+            )
         elif judged in ("low", "high") and record["step"] > self.grace:
             cause, cure = {
                 "high": (
@@ -226,12 +237,15 @@ class Watch:
         if share is None or now["weight"] == 0:
             return
         others = sum(1 for t in record["terms"].values() if t.get("weight", 0) > 0 and t["count"]) > 1
-        if share < 0.01 and now["count"]:
+        drowned = any((t.get("grad_share") or 0) > 0.9 for t in record["terms"].values())
+        if share < 0.01 and now["count"] and not drowned:  # where one term has nearly all, that one is to be named
+            part = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+            leave = "" if name == "lm" else f", or leave {name} out and save its cost"
             yield Finding(
                 f"weak:{name}",
-                f"{name} has {share:.1%} of the gradient: it changes next to nothing",
+                f"{name} has {part} of the gradient: it changes next to nothing",
                 "its weight is small for the size of its gradient",
-                f"raise its weight, take kd.gradient_share(), or leave {name} out and save its cost",
+                f"raise its weight or take kd.gradient_share(){leave}",
                 patience=MEASUREMENTS,
                 gone=f"{name} has more than 1% of the gradient",
             )

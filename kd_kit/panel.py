@@ -91,11 +91,11 @@ class Panel:
 
     def show(self) -> None:
         """Put the buttons into the cell that runs. What is saved of them is one line of text."""
-        _display(self.controls, _TWIN)
+        show_widget(self.controls, _TWIN)
 
     def show_log(self) -> None:
         """Put the lines that the run prints in the background into the cell that runs."""
-        _display(self.log, "Log lines of the run: they are there while the notebook is live.")
+        show_widget(self.log, "Log lines of the run: they are there while the notebook is live.")
 
     # What the dashboard reports
 
@@ -243,7 +243,7 @@ class Panel:
         return trainer.decay_from is None and 0 < falling < trainer.planned_steps - trainer.step
 
 
-def _display(widget: Any, twin: str) -> None:
+def show_widget(widget: Any, twin: str) -> None:
     """Show a widget with a sentence for readers of the saved file, in place of the widget's parameters."""
     from IPython.display import display
 

@@ -96,7 +96,7 @@ def probe_figure(rows: Sequence[dict], cosines: Sequence[Sequence[float | None]]
             text = "-" if cosine is None else "1" if i == j else f"{cosine:+.2f}"
             ax.text(j, i, text, ha="center", va="center", size=SMALL, color="white" if dark else INK)
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if n > 5 else {}
-    ax.set_xticks(range(n), [clip(name, 8) for name in names], **turned)
+    ax.set_xticks(range(n), [clip(name, 14 if n <= 5 else 8) for name in names], **turned)
     ax.set_yticks(range(n), names)
     ax.tick_params(labelsize=SMALL, colors=INK, length=0)
     for spine in ax.spines.values():

@@ -66,7 +66,7 @@ class Scale:
             return ["not finite: look for a logarithm or a quotient of 0 (unused cells hold -inf)"]
         found = []
         if self.padding is not None and not PADS[0] <= self.padding <= PADS[1]:
-            found.append("changes with padding: leave out positions without a target (batch.rows)")
+            found.append("changes with padding: count batch.rows only")
         if not self.batchwise and self.length is not None and not KEEPS[0] <= self.length <= KEEPS[1]:
             found.append("scales with length: normalise by tokens")
         if not self.batchwise and self.batch is not None and not KEEPS[0] <= self.batch <= KEEPS[1]:

@@ -20,7 +20,7 @@ def term(name: str, weight: float = 0.5, **changes) -> LossTerm:
     return LossTerm(name=name, weight=weight, **(known | {"value": lambda *_: None} | changes))
 
 
-TERMS = (lm_term(0.5), term("kd", needs=Needs((SortedReading(100, 8),))), term("feature", 0.1))
+TERMS = (lm_term(0.5), term("kd", needs=Needs((SortedReading(100, 8),))), term("feature", 0.1, impossible_above=None))
 
 
 class Run:
@@ -144,6 +144,25 @@ def test_a_term_that_is_nothing_or_everything_of_the_gradient(share, said):
     run.measured(1, **shares(lm=0.3, kd=0.3, feature=share))
     (text,) = run.alarms
     assert text.startswith(said)
+
+
+def test_where_one_term_drowns_all_others_that_one_is_named():
+    run = Run().measured(MEASUREMENTS, **shares(lm=0.004, kd=0.004, feature=0.992))
+    (text,) = run.alarms
+    assert text.startswith("feature has 99% of the gradient")
+
+
+def test_nobody_is_advised_to_leave_the_lm_term_out():
+    (text,) = Run().measured(MEASUREMENTS, **shares(lm=0.0004, kd=0.5, feature=0.4996)).alarms
+    assert text.startswith("lm has less than 0.1% of the gradient: it changes next to nothing")
+    assert "leave" not in text
+
+
+def test_far_above_its_range_is_said_soon_also_during_the_grace():
+    run = Run(grace=1000).steps(MEASUREMENTS, feature=150.0)
+    (text,) = [a for a in run.alarms if "feature" in a]
+    assert text.startswith("feature is 50 times the top of its range: 150 nats, healthy 0.1 to 3, since step 1. Likely: ")
+    assert Run(terms=TERMS, grace=1000).steps(60, lm=12.0, kd=8.0).alarms == [], "an untrained student"
 
 
 def test_a_term_that_is_switched_off_needs_no_gradient():

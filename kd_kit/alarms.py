@@ -204,8 +204,8 @@ class Watch:
         elif judged == "high" and value > FAR * term.healthy[1] > 0:
             yield Finding(
                 f"far:{name}",
-                f"{name} is {value / term.healthy[1]:.0f} times the top of its range: {short(value)} {term.unit}, healthy "
-                f"{low_high}",
+                f"{name} is {value / term.healthy[1]:.0f} times the top of its range: {short(value)} {term.unit}, "
+                f"healthy {low_high}",
                 "a loss that is a sum where it should be a mean, or is not normalised",
                 "kd.build_probe(trainer).scales() tells with what it grows; compare with the kit's own term",
                 f"{name} is no longer far above its range",

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kd_kit.data import WindowSet
-from kd_kit.head import Given, LogitRows, body_of, head_losses, head_of
+from kd_kit.head import Given, LogitRows, alone_with, body_of, head_losses, head_of
 from kd_kit.losses import forward_kl
 from kd_kit.readings import Needs
 from kd_kit.table import Table
@@ -87,7 +87,8 @@ def score(model, windows: WindowSet, *, side: str = "student", batch_size: int =
             targets = (batch.targets if side == "student" else batch.teacher_targets).flatten()
             ids = batch.student_ids if side == "student" else batch.teacher_ids
             rows = (targets != IGNORE).nonzero().squeeze(-1)
-            hidden = body_of(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state
+            with alone_with(model):
+                hidden = body_of(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state
             values = head_losses(
                 hidden.flatten(0, 1)[rows.to(device)],
                 head_of(model),

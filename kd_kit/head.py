@@ -6,6 +6,8 @@ recomputed in the backward pass with the gradient that arrives there, so fp16 lo
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -88,6 +90,20 @@ def body_of(model: nn.Module) -> nn.Module:
         f"body_of: expected a causal language model with a body below its head, got {type(model).__name__}; "
         "load it with AutoModelForCausalLM"
     )
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def alone_with(model: nn.Module) -> threading.RLock:
+    """``with alone_with(model):`` no other thread of the kit runs this model meanwhile.
+
+    Hooks and the number of experts belong to the model and not to a thread: a probe that reads a teacher while a run in
+    the background does would hear the run's passes, and the run the probe's.
+    """
+    with _MAKING:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 @dataclass(frozen=True)

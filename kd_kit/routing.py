@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kd_kit.head import body_of
+from kd_kit.head import alone_with, body_of
 from kd_kit.taps import layers_of
 
 # ---- how families score, as their code of transformers 4.56 to 5.23 does
@@ -297,6 +297,7 @@ class RoutingTap:
 
     def __init__(self, model: nn.Module, layers: Iterable[int] | None = None, *, scores: str | None = None):
         self._body = body_of(model)
+        self._alone = alone_with(model)
         routers = _routers(model)
         self._scores = _scores_of(model, scores)
         chosen = tuple(routers if layers is None else layers)
@@ -322,6 +323,7 @@ class RoutingTap:
         return self._found
 
     def __enter__(self) -> RoutingTap:
+        self._alone.acquire()
         handles = []
         if not self._handles:  # entered again inside itself, it listens already
             handles = [self._body.register_forward_pre_hook(self._open), self._body.register_forward_hook(self._close)]
@@ -337,6 +339,7 @@ class RoutingTap:
         for handle in self._handles.pop():
             handle.remove()
         self._raw, self._passed = None, {}
+        self._alone.release()
 
     def _open(self, module, args) -> None:
         self._raw, self._passed, self._found = {}, {}, None
@@ -400,14 +403,15 @@ def more_experts(model: nn.Module, active: int) -> Iterator[None]:
                 f"more_experts: expected an integer from 1 to {router.room}{held}, got {active!r} "
                 f"in layer {router.layer}, which has {router.experts} experts; choose a number in that range"
             )
-    dials = [(part, name, getattr(part, name)) for router in routers for part, name in router.dials()]
-    try:
-        for part, name, _ in dials:
-            setattr(part, name, active)
-        yield
-    finally:
-        for part, name, before in reversed(dials):
-            setattr(part, name, before)
+    with alone_with(model):
+        dials = [(part, name, getattr(part, name)) for router in routers for part, name in router.dials()]
+        try:
+            for part, name, _ in dials:
+                setattr(part, name, active)
+            yield
+        finally:
+            for part, name, before in reversed(dials):
+                setattr(part, name, before)
 
 
 # ---- a diagnosis

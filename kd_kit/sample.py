@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kd_kit.evaluation import evaluating
+from kd_kit.head import alone_with
 from kd_kit.spelling import read_vocabulary
 
 
@@ -60,7 +61,7 @@ def compare_text(
         draw = {"do_sample": temperature > 0}
         if temperature > 0:
             draw |= {"temperature": temperature, "top_p": 0.95}
-        with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with alone_with(model), evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             out = model.generate(
                 given,

@@ -38,7 +38,7 @@ class Table:
         def row(tag: str, texts: Sequence[str]) -> str:
             sides = ("left" if name in self.words else "right" for name in self.columns)
             cells = (
-                f'<{tag} style="text-align:{side};white-space:pre">{html.escape(text)}</{tag}>'
+                f'<{tag} style="text-align:{side};white-space:pre;padding:2px 6px">{html.escape(text)}</{tag}>'
                 for side, text in zip(sides, texts, strict=True)
             )
             return f"<tr>{''.join(cells)}</tr>"

@@ -15,7 +15,7 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
-from kd_kit.head import body_of
+from kd_kit.head import alone_with, body_of
 
 LayerMap = tuple[tuple[int, int], ...]
 """Pairs (student layer, teacher layer), counted from 1, rising on both sides."""
@@ -232,6 +232,7 @@ class Taps:
         layers = layers_of(model) if states or attention else ()
         count = len(layers)
         self._body = body_of(model)
+        self._alone = alone_with(model)
         self._last = count
         self._state_layers = tuple(_layer("Taps: states", layer, count) for layer in states)
         self._projections = {
@@ -263,6 +264,7 @@ class Taps:
         return self._found
 
     def __enter__(self) -> Taps:
+        self._alone.acquire()
         handles = []
         if not self._handles:  # entered again inside itself, it listens already
             handles = [self._body.register_forward_pre_hook(self._open), self._body.register_forward_hook(self._close)]
@@ -274,6 +276,7 @@ class Taps:
         for handle in self._handles.pop():
             handle.remove()
         self._raw = None
+        self._alone.release()
 
     def _open(self, module, args) -> None:
         self._raw, self._found, self._grad = {}, None, torch.is_grad_enabled()

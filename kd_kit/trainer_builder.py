@@ -88,7 +88,7 @@ def build_trainer(
     eval_every: int | None = None,
     eval_windows: int = 64,
     log_every: int = 100,
-    measure_every: int = 100,
+    measure_every: int | None = None,
     save_minutes: float = 10.0,
     workers: int = 0,
 ) -> Trainer:
@@ -114,7 +114,8 @@ def build_trainer(
         eval_every: steps between evaluations; a tenth of the run if left out. eval_windows: held-out windows that
             each of them looks at, spread evenly (:func:`kd_kit.evaluate` looks at all).
         log_every: steps between printed lines. measure_every: steps between two comparisons of the terms' gradients,
-            each of which costs about one pass through the student per term.
+            each of which costs about one pass through the student per term; a tenth of the run if left out, at least 10
+            and at most 100.
         save_minutes: between checkpoints; one is always written at the end.
         workers: processes that prepare batches.
 
@@ -128,7 +129,7 @@ def build_trainer(
     positive = {
         "accumulation": accumulation,
         "log_every": log_every,
-        "measure_every": measure_every,
+        "measure_every": 1 if measure_every is None else measure_every,
         "eval_windows": eval_windows,
         "eval_every": 1 if eval_every is None else eval_every,
     }
@@ -180,7 +181,7 @@ def build_trainer(
         "eval_every": max(1, total // 10) if eval_every is None else eval_every,
         "eval_windows": eval_windows,
         "log_every": log_every,
-        "measure_every": measure_every,
+        "measure_every": max(10, min(100, total // 10)) if measure_every is None else measure_every,
         "finish_in_session": finish_in_session,
         "save_minutes": save_minutes,
         "workers": workers,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kd_kit.evaluation import Agreement, Score, agreement, score
-from kd_kit.head import body_of
+from kd_kit.head import alone_with, body_of
 from kd_kit.memory import size_of
 from kd_kit.module import DistillModule
 from kd_kit.optimizer import clip_gradients
@@ -299,7 +299,8 @@ class Trial:
             if one.teacher is not None:
                 with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
                     ids = batch.teacher_ids.to(one.teacher.device)
-                    body_of(one.teacher.model)(input_ids=ids, use_cache=False)
+                    with alone_with(one.teacher.model):
+                        body_of(one.teacher.model)(input_ids=ids, use_cache=False)
             with one.accelerator.autocast():
                 total, *_ = plain(batch, None, [1 / max(count, 1)])
             one.accelerator.backward(total)

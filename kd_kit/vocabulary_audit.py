@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from kd_kit.data import DistillData
-from kd_kit.head import body_of, head_of
+from kd_kit.head import alone_with, body_of, head_of
 from kd_kit.pair import TokenizerPair
 from kd_kit.reduce import chunks
 from kd_kit.routing import NoExperts, RoutingTap, count_chosen, find_routing, of_layer, routing_balance
@@ -258,7 +258,7 @@ def _masses(teacher, batch, at: torch.Tensor, bridge, identical: torch.Tensor, k
     ``identical`` in both vocabularies [n], and the K largest cells [n, K].
     """
     device = next(teacher.parameters()).device
-    with routers.tap or contextlib.nullcontext():
+    with alone_with(teacher), routers.tap or contextlib.nullcontext():
         hidden = body_of(teacher)(input_ids=batch.teacher_ids.to(device), use_cache=False).last_hidden_state
     if routers.tap is not None:
         routers.count(batch.teacher_targets.to(device) != IGNORE)

@@ -155,7 +155,7 @@ class Part(nn.Module):
 
 
 def part_term(weight: float = 0.1, seed: int = 0) -> LossTerm:
-    return LossTerm(name="part", weight=weight, unit="", healthy=(0, 1), value=Part(seed=seed))
+    return LossTerm(name="part", weight=weight, unit="", healthy=(0, 100), value=Part(seed=seed))
 
 
 def session_at(folder: Path, *, precision: str = "no") -> Session:

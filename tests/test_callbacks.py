@@ -42,6 +42,7 @@ def test_the_hooks_come_in_order(tmp_path):
         ("on_evaluate", 5),
         ("on_log", 10),
         ("on_evaluate", 10),
+        ("on_log", 11),
         ("on_log", 12),
         ("on_evaluate", 12),
         ("on_save", 12),

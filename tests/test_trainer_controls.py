@@ -13,6 +13,7 @@ from kd_kit import (
     Callback,
     EarlyStopping,
     LearningRate,
+    attention_term,
     curriculum,
     evaluate,
     feature_term,
@@ -20,6 +21,7 @@ from kd_kit import (
     gradient_share,
     kd_term,
     lm_term,
+    router_term,
 )
 from kd_kit.session import Session
 from kd_kit.trainer_builder import change_terms
@@ -160,6 +162,28 @@ def test_a_callback_may_stop_a_run_in_the_foreground(tmp_path):
     trainer.callbacks = [At(10, lambda t: t.stop())]
     assert trainer.fit() == "stopped by request"
     assert trainer.step == 10
+
+
+def test_a_teacher_that_two_threads_read_says_to_each_what_belongs_to_it(tmp_path):
+    """Hooks belong to a model: a probe of one run, while another trains in the background with the same teacher."""
+    terms = [lm_term(0.2), feature_term(0.3), router_term(0.1), attention_term(0.4)]
+    data = small_data(batch_size=4)
+    trainer, gate = behind(tmp_path / "run", terms=terms, data=data, measure_every=1)
+    other = make_trainer(tmp_path / "other", terms=terms, data=data)
+    batch = next(data.batches(0, [3]))
+    expected = other.teacher.signal(batch)
+    gate.open.set()
+    for _ in range(30):
+        found = other.teacher.signal(batch)
+        for name in ("states", "routing"):
+            for layer, tensor in getattr(expected, name).items():
+                assert torch.equal(getattr(found, name)[layer], tensor), name
+        for layer, kinds in expected.attention.items():
+            assert all(torch.equal(found.attention[layer][kind], tensor) for kind, tensor in kinds.items())
+    assert trainer.wait(LONG) == "finished"
+    whole = make_trainer(tmp_path / "whole", terms=terms, data=data, measure_every=1, steps=40, eval_every=40)
+    whole.fit()
+    assert_same_run(whole, trainer)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -99,3 +100,119 @@ def test_stored_notebooks_are_small_and_without_widget_state():
         assert path.stat().st_size < 1_000_000, path.name
         assert "widgets" not in notebook.metadata, path.name
         nbformat.validate(notebook)
+
+
+# --- 02: loss magnitudes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def debug(tmp_path_factory):
+    """The executed notebook on loss magnitudes, and what its cells printed or showed, by a piece of their source."""
+    folder = tmp_path_factory.mktemp("debug")
+    path = shrunk(
+        "02_debug_loss_magnitudes.ipynb",
+        folder,
+        {
+            'corpus("student")[:12]': 'corpus("student")[:6]',
+            'corpus("held_out")[:3]': 'corpus("held_out")[:1]',
+            "window=128": "window=64",
+            "steps=60, eval_every=20, eval_windows=16": "steps=24, eval_every=12, eval_windows=4",
+            "early.fit(steps=20)": "early.fit(steps=5)",
+            'kd.build_session(f"debug-{name}")': f'kd.build_session(f"debug-{{name}}", folder={str(folder)!r})',
+        },
+    )
+    notebook = nbformat.read(run_notebook(path, folder / "debug", timeout=300), as_version=4)
+
+    def shown(piece: str) -> str:
+        (cell,) = [c for c in notebook.cells if c.cell_type == "code" and piece in c.source]
+        texts = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs]
+        return "\n".join(texts)
+
+    return notebook, shown
+
+
+def rows_of(text: str, name: str) -> list[str]:
+    return [line for line in text.splitlines() if line.split() and line.split()[0] == name]
+
+
+def test_a_healthy_run_has_no_faults(debug):
+    _, shown = debug
+    assert "0 failed" in shown("kd.run_preflight(healthy)")
+    assert "-> none of 4 terms scales" in shown("probe.set(temperature=1.0")
+
+
+@pytest.mark.parametrize(
+    ("piece", "name", "said"),
+    [
+        ("class SquaredError", "squared", None),
+        ("def summed_attention", "summed", "scales with length: normalise by tokens"),
+        ("def kl_batchmean", "batchmean", "scales with length: normalise by tokens"),
+        ("def without_square", "no_square", "its gradient falls with T^2: multiply by T*T"),
+        ("def with_padding", "padded", "changes with padding: count batch.rows only"),
+        ("def by_number", "by_number", None),
+    ],
+)
+def test_every_fault_shows_its_sign_and_no_other_term_is_blamed(debug, piece, name, said):
+    _, shown = debug
+    magnitudes, scales = rows_of(shown(piece), name)
+    assert scales.endswith(said or "ok")
+    blamed = [
+        line for line in shown(piece).splitlines() if "normalise" in line or "multiply" in line or "count" in line
+    ]
+    assert blamed == ([scales] if said else [])
+    value, gradient, cosine = float(magnitudes.split()[1].replace(",", "")), *magnitudes.split()[-2:]
+    if name in ("squared", "summed", "batchmean"):
+        assert value > 50
+        assert float(gradient) > 85
+        assert " high " in magnitudes
+    elif name == "no_square":
+        assert " healthy " in magnitudes
+        assert float(gradient) < 4
+    elif name == "padded":
+        assert float(cosine) > 0.9, "it looks right in the table"
+    else:
+        (right, _) = rows_of(shown(piece), "kd")
+        assert float(cosine) < 0.15 < float(right.split()[-1])
+
+
+def test_what_can_never_teach_is_refused(debug):
+    _, shown = debug
+    assert "expected at least half of the full factor 1 of 'feature' at 50% progress, got 0.067" in shown('"late"')
+    refusals = shown('"lost"')
+    assert "expected an lm_term with a weight above 0 beside the teacher's terms" in refusals
+    assert "expected a weight above 0 for lm" in refusals
+    assert "shares of the gradient that sum to 1" in refusals
+
+
+def test_the_sick_run_names_the_loss_and_the_healthy_one_has_no_alarm(debug):
+    notebook, shown = debug
+    alarms = shown("for event in sick.history.events")
+    assert "summed is " in alarms
+    assert " times the top of its range" in alarms
+    assert "summed has " in alarms
+    assert "of the gradient: the other terms change next to nothing" in alarms
+    assert not any(f"{name} " in alarms.replace("summed", "") for name in ("kd has", "feature has", "lm has"))
+    (cell,) = [c for c in notebook.cells if "kd.build_dashboard(well)" in c.source]
+    (picture,) = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+    assert "alarm" not in picture["data"]["text/plain"]
+
+
+def test_one_set_of_weights_for_training_and_evaluation(debug):
+    _, shown = debug
+    numbers = [float(n) for n in re.findall(r"\d+\.\d+", shown("final = early.shares_at"))]
+    trained, same, other = numbers[:3]
+    assert abs(same - trained) < 0.25 * trained < trained - other
+
+
+def test_the_wrong_dtype_fails_before_the_run(debug):
+    _, shown = debug
+    found = shown("class Narrow")
+    assert "mat1 and mat2 must have the same dtype" in found
+    assert "1 failed" in found
+
+
+def test_the_saved_file_is_small_and_needs_no_javascript(debug):
+    notebook, _ = debug
+    assert "widgets" not in notebook.metadata
+    assert len(nbformat.writes(notebook)) < 1_000_000
+    assert len(outputs(notebook, "image/png")) == 5

@@ -130,7 +130,7 @@ class Watch:
         if record["step"] > self.grace:
             kinds.add("range")
         if "gradients" in record:
-            kinds |= {"weak", "strong", "fights"}
+            kinds |= {"weak", "strong", "fights", "strays"}
         if any("load" in t.get("extras", {}) for t in record["terms"].values()):
             kinds.add("expert")
         if self._halves() is not None:
@@ -267,6 +267,21 @@ class Watch:
                 patience=MEASUREMENTS,
                 gone=f"{name} no longer pulls against lm",
             )
+        elif cosine is not None and cosine < 0.1 and self._reads_distributions(name):
+            yield Finding(
+                f"strays:{name}",
+                f"{name} compares next-token distributions and does not pull with the text: the cosine of its gradient "
+                f"with that of lm is {cosine:.2f}, where 0.3 to 0.7 is usual",
+                "it compares positions that do not belong together, or the teacher does not know this text",
+                "kd.looks.alignment(trainer); kd.audit; the teacher's bits per byte in kd.run_preflight",
+                patience=MEASUREMENTS,
+                gone=f"{name} pulls with lm",
+            )
+
+    def _reads_distributions(self, name: str) -> bool:
+        """Whether a term compares the two models' next-token distributions."""
+        needs = self._judges[name].needs
+        return bool(needs.readings) or needs.row_states
 
     def _missing_lm(self, record: Mapping) -> Iterator[Finding]:
         """The LM term beside others: it must be there, counted and weighted, at every step."""
@@ -321,8 +336,8 @@ class Watch:
         totals = [_mean_error([r["total"] for r in half]) for half in halves]
         if None in totals or not totals[1][0] < totals[0][0] - 2 * math.hypot(totals[0][1], totals[1][1]):
             return
-        for name, term in self._judges.items():
-            if not term.needs.readings and not term.needs.row_states:
+        for name in self._judges:
+            if not self._reads_distributions(name):
                 continue
             found = [_mean_error([r["terms"].get(name, {}).get("value") for r in half]) for half in halves]
             if None in found:

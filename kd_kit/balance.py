@@ -52,7 +52,8 @@ class Balance:
             return
         wrong = {n: v for n, v in self.targets.items() if not (isinstance(v, (int, float)) and 0 < v <= 1)}
         if wrong:
-            raise ValueError(f"{self.kind}: expected shares above 0 and at most 1, got {wrong}")
+            hint = "; these look like per cent: divide by 100" if all(_is_percent(v) for v in wrong.values()) else ""
+            raise ValueError(f"{self.kind}: expected shares above 0 and at most 1, got {wrong}{hint}")
         whole = sum(self.targets.values())
         if abs(whole - 1) > 1e-6:
             raise ValueError(
@@ -80,6 +81,8 @@ class Balance:
             raise ValueError(
                 f"gradient_share: expected a share for each of {', '.join(sorted(on))} (terms with a weight above 0), "
                 f"got one for {', '.join(sorted(self.targets))}"
+                + _named("; none for ", on - self.targets.keys())
+                + _named("; no such term: ", self.targets.keys() - on)
             )
 
     def wanted(self, weights: Mapping[str, float]) -> dict[str, float]:
@@ -128,6 +131,14 @@ class Balance:
             return dict(shares)
         rest = (1 - self.lm_floor) / (1 - lm)
         return {name: self.lm_floor if name == "lm" else share * rest for name, share in shares.items()}
+
+
+def _named(what: str, names) -> str:
+    return what + ", ".join(sorted(names)) if names else ""
+
+
+def _is_percent(value) -> bool:
+    return isinstance(value, (int, float)) and 1 < value <= 100
 
 
 def fixed(*, lm_floor: float = 0.0) -> Balance:

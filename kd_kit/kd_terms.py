@@ -16,7 +16,10 @@ from kd_kit.head import Head, LogitRows, head_of
 from kd_kit.losses import (
     cross_entropy,
     forward_kl,
+    jensen_shannon,
+    reverse_kl,
     sampled_kl,
+    skew_kl,
     sorted_distance_cells,
     span_divergence,
     student_cells,
@@ -40,13 +43,16 @@ METHODS = ("bridge", "strict", "uld", "projector", "same", "direct")
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
+DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, jensen_shannon, skew_kl)}
+"""Of :mod:`kd_kit.losses`, by name."""
+
 
 def kd_term(
     weight: float = 0.7,
     *,
     method: str = "bridge",
     top_k: int | None = 64,
-    divergence: Divergence = forward_kl,
+    divergence: Divergence | str = forward_kl,
     temperature: float = 1.0,
     inside: bool = True,
     sampled: bool = False,
@@ -67,7 +73,8 @@ def kd_term(
             - "same": for one tokenizer on both sides, or one that extends the other; padded heads may differ.
             - "direct": ids taken as they are; refused where they do not mean the same tokens.
         top_k: K, cells that are kept apart; all other mass goes to one tail cell. None keeps every cell.
-        divergence: a function of :mod:`kd_kit.losses`: ``forward_kl``, ``reverse_kl``, ``jensen_shannon``, ``skew_kl``.
+        divergence: a function of :mod:`kd_kit.losses`, or its name: ``forward_kl``, ``reverse_kl``, ``jensen_shannon``,
+            ``skew_kl``.
         temperature: T. The gradient is that of T^2 times the divergence at T; the reported value is always the one
             at T = 1, in nats, so that runs at different temperatures can be compared.
         inside: teach inside teacher tokens too; otherwise only where both stand at the same byte ("bridge", "same").
@@ -84,10 +91,16 @@ def kd_term(
     """
     if method not in METHODS:
         raise ValueError(f"kd_term: expected method= one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"kd_term: expected top_k of at least 1, or None for all, got {top_k}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"kd_term: expected a temperature above 0, got {temperature}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"kd_term: expected a whole top_k of at least 1, or None for all, got {top_k!r}")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise ValueError(f"kd_term: expected a temperature above 0, got {temperature!r}")
+    divergence = DIVERGENCES.get(divergence, divergence) if isinstance(divergence, str) else divergence
+    if not callable(divergence):
+        raise ValueError(
+            f"kd_term: expected divergence= one of {', '.join(DIVERGENCES)}, or a function of (student, teacher) "
+            f"log-probabilities, got {divergence!r}"
+        )
     plain = divergence is forward_kl and temperature == 1.0
     if method == "uld" and not plain:
         raise ValueError("kd_term: method='uld' is a distance of its own; leave divergence= and temperature= out")

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from kd_kit import offline
-from kd_kit.head import body_of, head_of
+from kd_kit.head import alone_with, body_of, head_of
 from kd_kit.pair import TokenizerPair, pair_tokenizers
 from kd_kit.vocab import Vocabulary
 
@@ -198,12 +198,12 @@ def check_model(model, vocab: Vocabulary, window: int, who: str) -> None:
             f"call build_data(window={context}) or less"
         )
     ids = torch.arange(min(8, entries), device=head.weight.device).unsqueeze(0)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with alone_with(model), torch.no_grad():
+        training = model.training
+        model.eval()
         theirs = model(input_ids=ids, use_cache=False).logits.float()
         ours = head.logits(body_of(model)(input_ids=ids, use_cache=False).last_hidden_state)
-    model.train(training)
+        model.train(training)
     if not theirs.isfinite().all():
         raise ValueError(
             f"build_trainer: expected finite {who} logits, got NaN or infinity from {type(model).__name__} in "

@@ -6,8 +6,10 @@ the system's signals are looked at, too.
 
 from __future__ import annotations
 
+import atexit
 import math
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 
 from kd_kit.controls import Controls
@@ -44,12 +46,18 @@ class Steering:
         """
         if self.running:
             raise ValueError("Trainer.fit: expected a trainer at rest, got one that trains already; trainer.wait()")
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
+            raise ValueError(
+                f"Trainer.fit: expected steps= as the number of further steps, at least 0, got {steps!r}; leave it out "
+                "to train to the end"
+            )
         self.controls.clear()
         if not background:
             return self._fit(steps)
         self.resume()  # what is wrong with the folder shows in this cell
         self.stop_reason, self._failure = None, None
         self._background = threading.Thread(target=self._fit_behind, args=(steps,), name="kd_kit fit", daemon=True)
+        atexit.register(self._end_with_the_program)
         self._background.start()
         return "running"
 
@@ -63,7 +71,11 @@ class Steering:
             whatever ended the run, if it failed.
         """
         if self._background is not None:
-            self._background.join(timeout)
+            try:
+                self._background.join(timeout)
+            except KeyboardInterrupt:
+                print("Trainer.wait: it still trains in the background; trainer.stop() ends it after its step")
+                raise
             if self._background.is_alive():
                 return None
         if self._failure is not None:
@@ -76,6 +88,13 @@ class Steering:
         """Whether it trains now, here or in the background."""
         return self._loop is not None or (self._background is not None and self._background.is_alive())
 
+    def _end_with_the_program(self) -> None:
+        """A program that ends while it trains stops it after its step and waits for the save."""
+        if self.running:
+            print("kd_kit: the program ends; the run in the background stops after its step and saves", flush=True)
+            self.stop("the program ended")
+            self._background.join()
+
     def _fit_behind(self, steps: int | None) -> None:
         try:
             self._fit(steps)
@@ -87,15 +106,21 @@ class Steering:
 
     def stop(self, reason: str = "stopped by request") -> None:
         """End a run that is going on after its step, saved, with this as its ``stop_reason``."""
+        self._say_at_rest()
         self.controls.stop(reason)
 
     def pause(self) -> None:
         """Let a run rest after its step, until :meth:`go_on`; it can be saved, evaluated and stopped meanwhile."""
+        self._say_at_rest()
         self.controls.pause()
 
     def go_on(self) -> None:
         """End a rest."""
         self.controls.go_on()
+
+    def _say_at_rest(self) -> None:
+        if not self.running:
+            print("Trainer: nothing trains now, so there is nothing to stop; fit(background=True) can be stopped")
 
     def decay_now(self) -> None:
         """Let the learning rate fall from here on, over as many steps as planned for that, and end the run there.
@@ -126,13 +151,20 @@ class Steering:
             self._event("stage", f"the learning rate falls from here on; the run ends at step {self.total_steps:,}")
             self._record_run()
 
-    def set_weights(self, **weights: float) -> None:
+    def set_weights(self, weights: Mapping[str, float] | None = None, **more: float) -> str:
         """Change the weights of some terms, from the next step on: ``trainer.set_weights(kd=0.5)``.
 
+        Returns:
+            what has changed, in words.
+
         Raises:
-            ValueError: a name that no term has, a negative weight, or nothing left for the LM term.
+            ValueError: a name that no term has, a weight that is none, or nothing left for the LM term.
         """
+        weights = dict(weights or {}) | more
         known = {t.name: t.weight for t in self.terms}
+        for name, weight in weights.items():
+            if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ValueError(f"Trainer.set_weights: expected weights of at least 0, got {name}={weight!r}")
         unknown = [name for name in weights if name not in known]
         if unknown:
             raise ValueError(
@@ -150,7 +182,9 @@ class Steering:
         self.balance.check(changed)
         self.terms = self.module.terms = terms
         self._log.use(terms)
-        self._event("changed", ", ".join(f"weight of {n} {known[n]:g} -> {v:g}" for n, v in weights.items()))
+        text = ", ".join(f"weight of {n} {known[n]:g} -> {v:g}" for n, v in weights.items()) or "nothing"
+        self._event("changed", text)
+        return text
 
     def _elsewhere(self) -> bool:
         """Whether the loop runs in another thread than this one."""

@@ -9,17 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from kd_kit.expert_terms import router_term
-from kd_kit.kd_terms import kd_term, span_term
-from kd_kit.losses import forward_kl, jensen_shannon, reverse_kl, skew_kl
+from kd_kit.kd_terms import DIVERGENCES, kd_term, span_term
 from kd_kit.parts import LayerMap
 from kd_kit.projectors import KnowledgeRouter, Projector
 from kd_kit.routing import NoExperts, find_routing
 from kd_kit.state_terms import attention_term, contrastive_term, feature_term, layerwise_term, relation_term
 from kd_kit.taps import layer_map, layers_of
 from kd_kit.terms import LossTerm
-
-DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, jensen_shannon, skew_kl)}
-"""By the name that a kd term records."""
 
 KD_SETTINGS = ("method", "top_k", "divergence", "temperature")
 

@@ -111,8 +111,8 @@ class LossTerm:
             raise ValueError(
                 f"LossTerm {self.name!r}: expected one of rows=, value= and build=, got {' and '.join(given) or 'none'}"
             )
-        if not (self.weight >= 0 and self.weight < float("inf")):
-            raise ValueError(f"LossTerm {self.name!r}: expected a weight of at least 0, got {self.weight}")
+        if not isinstance(self.weight, (int, float)) or not 0 <= self.weight < float("inf"):
+            raise ValueError(f"LossTerm {self.name!r}: expected a weight of at least 0, got {self.weight!r}")
         if not callable(self.over) and self.over not in ROWS:
             raise ValueError(
                 f"LossTerm {self.name!r}: expected over= one of {', '.join(map(repr, ROWS))} or a function of the "

@@ -16,6 +16,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -57,6 +58,19 @@ RECORD_EVERY = 10
 
 _MAX_SKIPPED = 20  # more than a gradient scaler needs to find its scale
 _RUNNING: weakref.WeakValueDictionary[str, Trainer] = weakref.WeakValueDictionary()  # loops of this process, by folder
+
+
+def refuse_beside_a_running_one(folder: Path, student) -> None:
+    """Raise where a run in the background trains in this folder, or trains this student.
+
+    Raises:
+        ValueError: one does.
+    """
+    if str(folder.resolve()) in _RUNNING or any(other.student is student for other in _RUNNING.values()):
+        raise ValueError(
+            f"build_trainer: expected a run at rest, got one that trains in the background in {str(folder)!r}, or with "
+            "this student; stop it first: trainer.stop(); trainer.wait()"
+        )
 
 
 class Trainer(Steering):
@@ -109,7 +123,7 @@ class Trainer(Steering):
         self._last_save = time.monotonic()
         self._save_seconds = 0.0
         folder = session.folder
-        self._refuse_beside_a_running_one()
+        refuse_beside_a_running_one(folder, student)
         self._prepare()
         self._parts_start = copy.deepcopy(self.module.parts.state_dict())
         config = run_config(self)
@@ -169,6 +183,11 @@ class Trainer(Steering):
                     self.stop_reason = f"failed: {type(error).__name__}: {error}".removesuffix(": ")
                     with contextlib.suppress(Exception):  # what ended the run is what is said
                         self._tell("on_stop")
+                    saved = self._saved_step()
+                    print(
+                        f"{self.session.folder.name}: broken off at step {self.step:,}; fit() goes on from "
+                        + (f"the checkpoint of step {saved:,}" if saved else "the start, since nothing was saved yet")
+                    )
                     self._prepare()  # a step may be half done: what goes on later goes on from the last checkpoint
                     self._log = self._new_log()
                     raise
@@ -250,13 +269,6 @@ class Trainer(Steering):
         if changes:
             self._event("changed", text)
         return text
-
-    def _refuse_beside_a_running_one(self) -> None:
-        if self._address in _RUNNING or any(other.student is self.student for other in _RUNNING.values()):
-            raise ValueError(
-                f"build_trainer: expected a run at rest, got one that trains in the background in "
-                f"{str(self.session.folder)!r}, or with this student; stop it first: trainer.stop(); trainer.wait()"
-            )
 
     @property
     def _address(self) -> str:
@@ -516,8 +528,11 @@ class Trainer(Steering):
 
     def _steps_done(self) -> int:
         """Steps that the run has behind it, also before this trainer has loaded them."""
-        saved = [int(p.name.split("-")[1]) for p in (self.session.folder / "ckpt").glob("step-*")]
-        return self.step if self._resumed else max([self.step, *saved])
+        return self.step if self._resumed else max(self.step, self._saved_step())
+
+    def _saved_step(self) -> int:
+        """Of the newest checkpoint; 0 without any."""
+        return max([0, *(int(p.name.split("-")[1]) for p in (self.session.folder / "ckpt").glob("step-*"))])
 
     # --- the step -----------------------------------------------------------------------------------------------
 

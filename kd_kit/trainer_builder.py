@@ -17,7 +17,7 @@ from kd_kit.session import Session, build_session
 from kd_kit.stages import Schedule, constant
 from kd_kit.teacher import LiveTeacher
 from kd_kit.terms import LossTerm, Setup, lm_term
-from kd_kit.trainer import Trainer
+from kd_kit.trainer import Trainer, refuse_beside_a_running_one
 
 
 def _check_kinds(student, teacher, data, terms, session, steps, schedule, rates, balance, early) -> None:
@@ -47,7 +47,9 @@ def _check_kinds(student, teacher, data, terms, session, steps, schedule, rates,
     for name, value, right, what in wanted:
         if not right:
             got = f"{type(value).__name__} {str(value)[:60]!r}"
-            raise ValueError(f"build_trainer: expected {name} to be {what}, got {got}")
+            ours = callable(value) and str(getattr(value, "__module__", "")).startswith("kd_kit.")
+            call = f"; call it: {value.__name__}()" if ours and hasattr(value, "__name__") else ""
+            raise ValueError(f"build_trainer: expected {name} to be {what}, got {got}{call}")
 
 
 def _check_terms(terms: Sequence[LossTerm], schedule: Schedule, balance: Balance) -> None:
@@ -56,9 +58,10 @@ def _check_terms(terms: Sequence[LossTerm], schedule: Schedule, balance: Balance
     if not terms or len(set(names)) != len(names):
         raise ValueError(f"build_trainer: expected one or more terms with different names, got {names}")
     if any(t.taught for t in terms) and not any(t.name == "lm" and t.weight > 0 for t in terms):
+        had = "lm with weight 0" if "lm" in names else f"{names}"
         raise ValueError(
-            f"build_trainer: expected an lm_term with a weight above 0 beside the teacher's terms, got {names}; "
-            "without it nobody sees whether the student still learns the language: add kd.lm_term()"
+            f"build_trainer: expected an lm_term with a weight above 0 beside the teacher's terms, got {had}; without "
+            "it nobody sees whether the student still learns the language: kd.lm_term(0.3)"
         )
     weights = {t.name: t.weight for t in terms}
     schedule.check(weights)
@@ -136,8 +139,8 @@ def build_trainer(
     for name, value in positive.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"build_trainer: expected {name} of at least 1, a whole number, got {value!r}")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"build_trainer: expected a learning_rate above 0, got {learning_rate}")
+    if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
+        raise ValueError(f"build_trainer: expected a learning_rate above 0, got {learning_rate!r}")
     total = steps if steps is not None else round(epochs * data.batches_per_epoch / accumulation)
     if total < 1:
         raise ValueError(f"build_trainer: expected at least one step, got {total}; raise steps= or epochs=")
@@ -154,6 +157,8 @@ def build_trainer(
             f"build_trainer: expected a teacher for {', '.join(t.name for t in needs)}, got None; "
             "pass build_teacher(...), or terms that need none"
         )
+    session = session or build_session()
+    refuse_beside_a_running_one(session.folder, student)  # before its models are touched
     live = None
     check_model(student, data.pair.student_vocab, data.window, "student")
     if teacher is not None:
@@ -191,7 +196,7 @@ def build_trainer(
         live,
         data,
         terms,
-        session=session or build_session(),
+        session=session,
         total_steps=total,
         settings=settings,
         schedule=schedule,

@@ -44,7 +44,8 @@ def dtypes(facts: Facts) -> Found:
     trial = facts.trial
     trial.need("values")
     wrong = []
-    for where, values in (("", trial.values), (" beside half-precision knowledge", trial.halved)):
+    beside = " beside half-precision knowledge"
+    for where, values in (("", trial.values), (beside, trial.halved)):
         for name, value in values.items():
             if isinstance(value, Exception):
                 wrong.append(f"{name} cannot be computed{where}: {sentence(value)}")
@@ -61,10 +62,12 @@ def dtypes(facts: Facts) -> Found:
     elif trial.agreement is not None and not math.isfinite(trial.agreement.kl):
         wrong.append(f"the divergence of student and teacher on held-out text is {trial.agreement.kl}")
     if wrong:
-        cure = (
-            f"{'; '.join(wrong)}. All of this runs without autocast, as an evaluation may: let a term cast what it "
-            "gets to the dtype of its own weights (x.to(weight.dtype), or .float()), and keep the student in float32"
-        )
+        cure = f"{'; '.join(wrong)}. All of this runs without autocast, as an evaluation may"
+        if any("dtype" in one or beside in one for one in wrong):
+            cure += (
+                ": let a term cast what it gets to the dtype of its own weights (x.to(weight.dtype), or .float()), and "
+                "keep the student in float32"
+            )
         return f"{len(wrong)} not finite or not computed", FAIL, cure
     own = "" if facts.trainer.teacher is None else f", teacher {_dtype(facts.trainer.teacher.model)}"
     return f"{len(trial.values)} terms, scores finite{own}{' and half' if trial.halved else ''}", OK, ""

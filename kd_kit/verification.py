@@ -115,6 +115,11 @@ def verify(
         ValueError: models, tokenizers or terms that do not go together.
     """
     terms = list(terms)
+    if not isinstance(tokenizers, TokenizerPair):
+        raise ValueError(
+            f"verify: expected what build_tokenizers returns, got {type(tokenizers).__name__}; the order is "
+            "verify(tokenizers, teacher, student, terms)"
+        )
     check_model(student, tokenizers.student_vocab, window, "student")
     check_model(teacher, tokenizers.teacher_vocab, window, "teacher")
     texts = list(_TEXTS if texts is None else texts)

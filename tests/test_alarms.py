@@ -165,9 +165,21 @@ def test_far_above_its_range_is_said_soon_also_during_the_grace():
     assert Run(terms=TERMS, grace=1000).steps(60, lm=12.0, kd=8.0).alarms == [], "an untrained student"
 
 
+def test_a_kd_term_that_has_nothing_to_do_with_the_text():
+    """Position 40 of the one compared with position 40 of the other: large, and at right angles to the text."""
+    apart = {"grad_share": 0.4, "cosine": 0.02}
+    (text,) = Run().measured(MEASUREMENTS, kd=apart).alarms
+    assert text.startswith("kd compares next-token distributions and does not pull with the text: the cosine of its")
+    assert "positions that do not belong together" in text
+    assert Run().measured(9, feature=apart).alarms == [], "hidden states have other directions"
+    assert Run().measured(9, kd={"grad_share": 0.4, "cosine": 0.3}).alarms == []
+
+
 def test_a_term_that_is_switched_off_needs_no_gradient():
     off = {"weight": 0.0, "grad_share": 0.0, "cosine": 0.1}
-    run = Run().measured(9, feature=off, lm={"grad_share": 0.95, "cosine": None}, kd={"grad_share": 0.05, "cosine": 0})
+    run = Run().measured(
+        9, feature=off, lm={"grad_share": 0.95, "cosine": None}, kd={"grad_share": 0.05, "cosine": 0.5}
+    )
     assert [a.split(" has")[0] for a in run.alarms] == ["lm"]
     alone = {"weight": 0.0, "grad_share": 0.0, "cosine": None}
     run = Run().measured(9, feature=alone, kd=alone, lm={"grad_share": 1.0, "cosine": None})
@@ -184,7 +196,7 @@ def test_a_term_that_fights_the_text():
     assert run.cleared == [], "a step without a measurement says nothing"
     run.measured(MEASUREMENTS, kd={"grad_share": 0.3, "cosine": 0.2})
     assert run.cleared == ["kd no longer pulls against lm"]
-    assert Run().measured(9, kd={"grad_share": 0.3, "cosine": -0.2}).alarms == []
+    assert Run().measured(9, feature={"grad_share": 0.3, "cosine": -0.2}).alarms == []
 
 
 @pytest.mark.parametrize(

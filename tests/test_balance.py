@@ -76,6 +76,8 @@ def test_the_lm_term_cannot_be_balanced_away():
         (lambda: gradient_share(lm=0.5, kd=0.6), r"sum to 1, got .*which sum to 1\.1; change one of them by -0\.1"),
         (lambda: gradient_share(lm=1.5, kd=-0.5), r"expected shares above 0 and at most 1, got \{'lm': 1\.5, 'kd'"),
         (lambda: gradient_share(lm="half", kd=0.5), "expected shares above 0"),
+        (lambda: gradient_share(lm=40, kd=60), "these look like per cent: divide by 100"),
+        (lambda: gradient_share(lm=0.5, kb=0.5).check({"lm": 1, "kd": 1}), "none for kd; no such term: kb"),
         (lambda: gradient_share(smoothing=1.0), "0 <= smoothing < 1"),
         (lambda: gradient_share(most=0.5), "most of at least 1"),
         (lambda: gradient_share(lm_floor=1.0), "lm_floor from 0 to below 1"),

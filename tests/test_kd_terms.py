@@ -565,3 +565,15 @@ def test_letters_are_in_both_toy_vocabularies():
     both = toy_pair()
     assert len(LETTERS) < both.bridge.shared < min(both.teacher_vocab.size, both.student_vocab.size)
     assert both.kinship == "different"
+
+
+def test_a_divergence_may_be_named():
+    from kd_kit import losses
+
+    assert kd_term(divergence="reverse_kl").settings == kd_term(divergence=losses.reverse_kl).settings
+    with pytest.raises(ValueError, match="expected divergence= one of forward_kl, reverse_kl, jensen_shannon, skew_kl"):
+        kd_term(divergence="backward_kl")
+    with pytest.raises(ValueError, match="expected a temperature above 0, got '2'"):
+        kd_term(temperature="2")
+    with pytest.raises(ValueError, match="expected a whole top_k of at least 1"):
+        kd_term(top_k=6.5)

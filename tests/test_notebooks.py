@@ -53,9 +53,9 @@ def quickstart(tmp_path_factory):
     return folder, first, second
 
 
-def test_quickstart_shows_one_picture_and_a_report(quickstart):
+def test_quickstart_shows_the_plan_the_run_and_a_report(quickstart):
     _, notebook, _ = quickstart
-    assert len(outputs(notebook, "image/png")) == 1
+    assert len(outputs(notebook, "image/png")) == 2
     tables = [o["data"]["text/html"] for o in outputs(notebook, "text/html")]
     assert any("LM-only control" in t and "bits per byte" in t for t in tables)
     assert "widgets" not in notebook.metadata

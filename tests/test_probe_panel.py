@@ -32,7 +32,12 @@ def cell(monkeypatch):
         shown.append(Handle(thing) if display_id else thing)
         return shown[-1] if display_id else None
 
+    def show_widget(widget, twin):
+        assert "while the notebook is live" in twin, "what a reader of the saved file sees in its place"
+        shown.append(widget)
+
     monkeypatch.setattr(IPython.display, "display", display)
+    monkeypatch.setattr(probe_panel, "show_widget", show_widget)
     monkeypatch.setattr(probe_panel, "in_notebook", lambda: True)
     yield shown
     for widget in [w for w in shown if not isinstance(w, Handle)]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,9 +105,8 @@ def test_a_pause_holds_the_run_and_wishes_are_met_meanwhile(tmp_path):
     trainer, gate = behind(tmp_path / "run")
     trainer.pause()
     gate.open.set()
-    resting = threading.Event()
-    trainer.callbacks.append(At(1, lambda t: resting.set()))
-    assert resting.wait(LONG)
+    while "rests" not in [e["what"] for e in trainer.history.events]:
+        assert trainer.running
     trainer.evaluate_now()
     while trainer.history.evaluations()[0][-1:] != [1]:
         assert trainer.running
@@ -129,11 +131,75 @@ def test_a_paused_run_can_be_stopped(tmp_path):
     assert trainer.step == 1
 
 
-def test_a_wish_of_an_earlier_run_is_forgotten(tmp_path):
+def test_a_wish_of_an_earlier_run_is_forgotten(tmp_path, capsys):
     trainer = make_trainer(tmp_path / "run")
     trainer.stop()
+    assert "nothing trains now" in capsys.readouterr().out
     trainer.pause()
     assert trainer.fit() == "finished"
+
+
+@pytest.mark.parametrize("steps", [-1, 2.5, "3", True])
+def test_a_number_of_steps_that_is_none_is_refused(tmp_path, steps):
+    with pytest.raises(ValueError, match=r"expected steps= as the number of further steps, at least 0"):
+        make_trainer(tmp_path / "run").fit(steps=steps)
+
+
+def test_the_cell_that_builds_a_trainer_run_again_leaves_a_running_one_alone(tmp_path):
+    """It is refused before it reads the models, which the run is using."""
+    trainer, gate = behind(tmp_path / "run")
+    calls = []
+    handles = [
+        model.register_forward_pre_hook(lambda *_: calls.append(threading.current_thread().name))
+        for model in (trainer.student, trainer.teacher.model)
+    ]
+    for folder, student in ((tmp_path / "run", tiny_student()), (tmp_path / "other", trainer.student)):
+        with pytest.raises(ValueError, match="stop it first"):
+            make_trainer(folder, student=student, steps=40, eval_every=40)
+    assert calls == []
+    for handle in handles:
+        handle.remove()
+    gate.open.set()
+    for number in range(5):  # another run with the same teacher is nobody's business
+        make_trainer(tmp_path / f"beside-{number}")
+    assert trainer.wait(LONG) == "finished"
+    whole = make_trainer(tmp_path / "whole", steps=40, eval_every=40)
+    whole.fit()
+    assert_same_run(whole, trainer)
+
+
+def test_a_program_that_ends_while_it_trains_stops_and_saves(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from helpers import make_trainer
+trainer = make_trainer(Path({str(tmp_path / "run")!r}), steps=100_000, eval_every=100_000)
+trainer.fit(background=True)
+while trainer.step < 2:
+    pass
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert child.returncode == 0, child.stderr
+    assert "the run in the background stops after its step and saves" in child.stdout
+    assert "stopped at step" in child.stdout
+    again = make_trainer(tmp_path / "run", steps=100_000, eval_every=100_000)
+    assert again.resume()
+    assert again.step >= 2
+
+
+def test_what_was_lost_is_said(tmp_path, capsys):
+    def broken(trainer):
+        raise RuntimeError("no more")
+
+    for saved, said in ((0, "the start, since nothing was saved yet"), (2, "the checkpoint of step 2")):
+        trainer = make_trainer(tmp_path / f"run-{saved}", steps=20, eval_every=20)
+        if saved:
+            trainer.fit(steps=saved)
+        trainer.callbacks = [At(saved + 1, broken)]
+        with pytest.raises(RuntimeError, match="no more"):
+            trainer.fit()
+        assert f"fit() goes on from {said}" in capsys.readouterr().out
 
 
 def test_what_goes_wrong_behind_is_raised_by_wait(tmp_path):
@@ -191,8 +257,10 @@ def test_a_teacher_that_two_threads_read_says_to_each_what_belongs_to_it(tmp_pat
 
 def test_weights_can_be_changed_while_it_trains(tmp_path):
     trainer = make_trainer(tmp_path / "run", steps=12, eval_every=12)
-    trainer.callbacks = [At(10, lambda t: t.set_weights(kd=0.1))]
+    said = []
+    trainer.callbacks = [At(10, lambda t: said.append(t.set_weights({"kd": 0.1})))]
     trainer.fit()
+    assert said == ["weight of kd 0.9 -> 0.1"]
     _, weights = trainer.history.series("kd", "weight")
     assert weights[9] == pytest.approx(0.9)
     assert weights[10] == pytest.approx(0.5)
@@ -204,7 +272,8 @@ def test_weights_can_be_changed_while_it_trains(tmp_path):
     ("weights", "message"),
     [
         ({"kl": 1.0}, "expected terms out of lm, kd, got kl"),
-        ({"kd": -1.0}, "expected a weight of at least 0, got -1"),
+        ({"kd": -1.0}, "Trainer.set_weights: expected weights of at least 0, got kd=-1.0"),
+        ({"kd": "much"}, "Trainer.set_weights: expected weights of at least 0, got kd='much'"),
         ({"lm": 0.0}, "expected a weight above 0 for lm"),
     ],
 )

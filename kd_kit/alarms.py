@@ -77,9 +77,16 @@ class Watch:
             if event["what"] == "alarm":
                 self._stands.add(key)
                 self._raised[key] = self._raised.get(key, 0) + 1
+                if "gone" in event:  # may stand for longer than the records go back that are looked at again
+                    finding = Finding(key, "", "", "", gone=event["gone"], patience=event["patience"])
+                    self._streaks[key] = _Streak(event["step"], finding=finding)
             elif event["what"] == "cleared":
                 self._stands.discard(key)
-        for record in [r for r in self.history.records if r["kind"] == "train"][-2 * HALVES :]:
+        known = [r for r in self.history.records if r["kind"] == "train"]
+        # as many as a streak and a trend can reach back
+        compared = [i for i, r in enumerate(known) if "gradients" in r][-2 * MEASUREMENTS :]
+        start = max(0, min([len(known) - 2 * HALVES - STEPS, *compared[:1]]))
+        for record in known[start:]:
             self._take(record, say=False)
 
     def use(self, terms: Sequence[LossTerm]) -> None:
@@ -94,7 +101,6 @@ class Watch:
     def _take(self, record: Mapping, *, say: bool) -> None:
         self._recent.append(record)
         found = {finding.key: finding for finding in self._findings(record)}
-        judged = self._judged(record)
         for key, finding in found.items():
             streak = self._streaks.setdefault(key, _Streak(record["step"]))
             if streak.count == 0:
@@ -103,7 +109,7 @@ class Watch:
             if say and streak.count >= finding.patience and key not in self._stands:
                 self._raise(finding, streak.since, record["step"])
         for key, streak in self._streaks.items():
-            if key in found or key.split(":")[0] not in judged or streak.finding is None:
+            if key in found or streak.finding is None or not self._well(key, record):
                 continue
             streak.count, streak.well = 0, streak.well + 1
             if say and key in self._stands and streak.well >= streak.finding.patience:
@@ -117,25 +123,44 @@ class Watch:
         times = self._raised[finding.key]
         if times <= MOST:
             last = " (This comes and goes, and is not said again.)" if times == MOST else ""
-            self._say("alarm", step, finding.text(since) + last, finding.key)
+            about = {"gone": finding.gone, "patience": finding.patience}
+            self._say("alarm", step, finding.text(since) + last, finding.key, **about)
 
-    def _say(self, what: str, step: int, text: str, key: str) -> None:
-        self.history.append({"kind": "event", "step": step, "what": what, "text": text, "key": key})
+    def _say(self, what: str, step: int, text: str, key: str, **about) -> None:
+        self.history.append({"kind": "event", "step": step, "what": what, "text": text, "key": key, **about})
 
     # --- the conditions ---------------------------------------------------------------------------------------------
 
-    def _judged(self, record: Mapping) -> set[str]:
-        """Kinds of conditions that this record says something about: where it says nothing, nothing is over."""
-        kinds = {"finite", "impossible", "far", "empty", "gone", "scale"}
-        if record["step"] > self.grace:
-            kinds.add("range")
-        if "gradients" in record:
-            kinds |= {"weak", "strong", "fights", "strays"}
-        if any("load" in t.get("extras", {}) for t in record["terms"].values()):
-            kinds.add("expert")
-        if self._halves() is not None:
-            kinds.add("rises")
-        return kinds
+    def _well(self, key: str, record: Mapping) -> bool:
+        """Whether this record shows that a condition does not hold: where it says nothing, nothing is over."""
+        kind, _, name = key.partition(":")
+        if kind == "gone":
+            return True
+        if kind == "scale":
+            return record.get("loss_scale") is not None
+        if key == "finite:gradient":
+            return record.get("grad_norm") is not None and math.isfinite(record["grad_norm"])
+        if kind == "rises":
+            halves = self._halves()
+            return halves is not None and not self._rise(name, halves)
+        term, judge = record["terms"].get(name.rsplit(" ", 1)[0] if kind == "expert" else name), self._judges.get(name)
+        if kind == "empty" or term is None:
+            return term is not None and term["value"] is not None
+        if term["value"] is None or not math.isfinite(term["value"]):
+            return False
+        if kind in ("range", "impossible", "far"):
+            word = judge and verdict(judge.meta, term["value"])
+            if kind == "range":
+                return word == "healthy" and record["step"] > self.grace
+            return word not in (None, "impossible")
+        share, cosine = term.get("grad_share"), term.get("cosine")
+        if kind == "weak":
+            return share is not None and share >= 0.01
+        if kind == "strong":
+            return share is not None and share <= 0.9 and bool(term["count"])
+        if kind in ("fights", "strays"):
+            return cosine is not None and cosine >= (-0.3 if kind == "fights" else 0.1)
+        return kind == "finite" or "load" in term.get("extras", {})
 
     def _findings(self, record: Mapping) -> Iterator[Finding]:
         for name, term in record["terms"].items():
@@ -328,6 +353,14 @@ class Watch:
             return None
         return recent[:HALVES], recent[HALVES:]
 
+    def _rise(self, name: str, halves: tuple[list, list]) -> tuple[float, float] | None:
+        """Means of a term in both halves, where the second is clearly above the first."""
+        found = [_mean_error([r["terms"].get(name, {}).get("value") for r in half]) for half in halves]
+        if None in found:
+            return None
+        (before, error), (after, other) = found
+        return (before, after) if after - before > max(0.02 * abs(before), 3 * math.hypot(error, other)) else None
+
     def _trend(self) -> Iterator[Finding]:
         """A term that compares next-token distributions rises while the total falls."""
         halves = self._halves()
@@ -339,11 +372,9 @@ class Watch:
         for name in self._judges:
             if not self._reads_distributions(name):
                 continue
-            found = [_mean_error([r["terms"].get(name, {}).get("value") for r in half]) for half in halves]
-            if None in found:
-                continue
-            (before, error), (after, other) = found
-            if after - before > max(0.02 * abs(before), 3 * math.hypot(error, other)):
+            risen = self._rise(name, halves)
+            if risen:
+                before, after = risen
                 yield Finding(
                     f"rises:{name}",
                     f"{name} rises while the total falls: {short(before)} to {short(after)} over the last "

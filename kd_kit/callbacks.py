@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 
@@ -55,7 +56,8 @@ class EarlyStopping(Callback):
     def on_evaluate(self, trainer) -> None:
         steps, bits = trainer.history.evaluations()
         start = self._grace(trainer)
-        counted = [(b, s) for s, b in zip(steps, bits, strict=True) if s >= start]
+        # NaN is below nothing and above nothing: as the worst of all it is never the best
+        counted = [(b if math.isfinite(b) else math.inf, s) for s, b in zip(steps, bits, strict=True) if s >= start]
         if not counted or trainer.step >= trainer.total_steps:
             return
         at = min(counted)[1]  # of equal ones the earliest

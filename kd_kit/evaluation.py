@@ -57,13 +57,14 @@ class Score:
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
     """Evaluation mode without gradients; the mode it was in comes back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+    with alone_with(model):  # a run in the background trains this model in the mode that it is in
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            model.train(training)
 
 
 def score(model, windows: WindowSet, *, side: str = "student", batch_size: int = 8, limit: int | None = None) -> Score:
@@ -301,7 +302,8 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
         rows = {n: _row(score(model, windows, limit=limit), model, agree[n]) for n, model in students.items()}
     best = score(trainer.teacher.model, windows, side="teacher", limit=limit)
     rows["teacher"] = _row(best, trainer.teacher.model, None)
-    report = Report(rows, best.bytes, trainer.step, control_step)
+    step = trainer.best_step if trainer._holds_best else trainer.step
+    report = Report(rows, best.bytes, step, control_step)
     name = "report.json" if limit is None else f"report-{limit}-windows.json"
     (trainer.session.folder / name).write_text(report.to_json())
     return report

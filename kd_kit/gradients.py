@@ -80,7 +80,8 @@ def pulls(products: Sequence[Sequence[float]], counts: Sequence[int], weights: S
     norms = [size / count if count else 0.0 for size, count in zip(sizes, counts, strict=True)]
     pulled = [weight * norm for weight, norm in zip(weights, norms, strict=True)]
     whole = sum(pulled)
-    shares = [one / whole if whole > 0 else 0.0 for one in pulled]
+    known = math.isfinite(whole)
+    shares = [(one / whole if whole > 0 else 0.0) if known else math.nan for one in pulled]
 
     def cosine(i: int, j: int) -> float | None:
         size = sizes[i] * sizes[j]

@@ -324,15 +324,22 @@ class RoutingTap:
 
     def __enter__(self) -> RoutingTap:
         self._alone.acquire()
-        handles = []
-        if not self._handles:  # entered again inside itself, it listens already
-            handles = [self._body.register_forward_pre_hook(self._open), self._body.register_forward_hook(self._close)]
-            for router in self._routers.values():
-                hooks = [(router.heard, self._hear)]
-                hooks += [(router.block, self._pass)] if type(router.gate) is nn.Linear else []
-                for module, hook in hooks:
-                    handles.append(module.register_forward_pre_hook(partial(hook, router.layer), with_kwargs=True))
-        self._handles.append(handles)
+        handles: list = []
+        try:
+            if not self._handles:  # entered again inside itself, it listens already
+                handles.append(self._body.register_forward_pre_hook(self._open))
+                handles.append(self._body.register_forward_hook(self._close))
+                for router in self._routers.values():
+                    hooks = [(router.heard, self._hear)]
+                    hooks += [(router.block, self._pass)] if type(router.gate) is nn.Linear else []
+                    for module, hook in hooks:
+                        handles.append(module.register_forward_pre_hook(partial(hook, router.layer), with_kwargs=True))
+            self._handles.append(handles)
+        except BaseException:  # an interrupt: nobody will leave what was not entered
+            for handle in handles:
+                handle.remove()
+            self._alone.release()
+            raise
         return self
 
     def __exit__(self, *error) -> None:

@@ -8,12 +8,30 @@ from __future__ import annotations
 
 import atexit
 import math
+import signal
+import sys
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 
 from kd_kit.controls import Controls
 from kd_kit.session import StopRequests
+
+
+def _end_with_the_program(about: weakref.ref[Steering]) -> None:
+    """A program that ends while it trains stops it after its step and waits for the save."""
+    trainer = about()
+    if trainer is not None and trainer.running:
+        print("kd_kit: the program ends; the run in the background stops after its step and saves", flush=True)
+        trainer.stop("the program ended")
+        trainer._background.join()
+
+
+def _end_on_sigterm() -> None:
+    """SIGTERM, which would end the program at once, ends it as a program ends: what is registered for that is done."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class Steering:
@@ -52,12 +70,15 @@ class Steering:
                 "to train to the end"
             )
         self.controls.clear()
+        self._failure = None
         if not background:
             return self._fit(steps)
         self.resume()  # what is wrong with the folder shows in this cell
-        self.stop_reason, self._failure = None, None
+        self.stop_reason = None
         self._background = threading.Thread(target=self._fit_behind, args=(steps,), name="kd_kit fit", daemon=True)
-        atexit.register(self._end_with_the_program)
+        atexit.register(_end_with_the_program, weakref.ref(self))  # weak: it is registered for good
+        if threading.current_thread() is threading.main_thread():
+            _end_on_sigterm()
         self._background.start()
         return "running"
 
@@ -87,13 +108,6 @@ class Steering:
     def running(self) -> bool:
         """Whether it trains now, here or in the background."""
         return self._loop is not None or (self._background is not None and self._background.is_alive())
-
-    def _end_with_the_program(self) -> None:
-        """A program that ends while it trains stops it after its step and waits for the save."""
-        if self.running:
-            print("kd_kit: the program ends; the run in the background stops after its step and saves", flush=True)
-            self.stop("the program ended")
-            self._background.join()
 
     def _fit_behind(self, steps: int | None) -> None:
         try:
@@ -141,6 +155,11 @@ class Steering:
         if self._elsewhere():
             return self.controls.want("decay")
         self.resume()
+        if self._holds_best:
+            raise ValueError(
+                "Trainer.decay_now: expected the weights of the last step, got the best ones, which load_best() put in "
+                "their place; fit(steps=1) goes on from the last ones, then call it again"
+            )
         self._begin_decay()
 
     def _begin_decay(self) -> None:
@@ -150,6 +169,7 @@ class Steering:
             self.decay_from = self.step
             self._event("stage", f"the learning rate falls from here on; the run ends at step {self.total_steps:,}")
             self._record_run()
+            self._save_or_warn()  # a session that ends before the next save must not forget it
 
     def set_weights(self, weights: Mapping[str, float] | None = None, **more: float) -> str:
         """Change the weights of some terms, from the next step on: ``trainer.set_weights(kd=0.5)``.
@@ -160,6 +180,8 @@ class Steering:
         Raises:
             ValueError: a name that no term has, a weight that is none, or nothing left for the LM term.
         """
+        if not self._elsewhere():
+            self.resume()
         weights = dict(weights or {}) | more
         known = {t.name: t.weight for t in self.terms}
         for name, weight in weights.items():
@@ -182,6 +204,9 @@ class Steering:
         self.balance.check(changed)
         self.terms = self.module.terms = terms
         self._log.use(terms)
+        # so that a session whose cell has other weights says so
+        self._config = self._config | {f"{name}.weight": weight for name, weight in changed.items()}
+        self._write_run()
         text = ", ".join(f"weight of {n} {known[n]:g} -> {v:g}" for n, v in weights.items()) or "nothing"
         self._event("changed", text)
         return text
@@ -196,11 +221,11 @@ class Steering:
         while True:
             for what in self.controls.take():
                 {"save": self._save_or_warn, "evaluate": self.evaluate_now, "decay": self._begin_decay}[what]()
-            if requests.reason or self.controls.stop_reason:
-                self.stop_reason = self.stop_reason or requests.reason or self.controls.stop_reason
-            elif self.stop_reason is None and self.step < self.total_steps and self._time_is_over():
-                self.stop_reason = "the session's time is over"
-            if self.stop_reason or not self.controls.paused:
+            if self.stop_reason is None and self.step < self.total_steps:  # there is something to stop
+                self.stop_reason = requests.reason or self.controls.stop_reason
+                if self.stop_reason is None and self._time_is_over():
+                    self.stop_reason = "the session's time is over"
+            if self.stop_reason or not self.controls.paused or self.step >= self.total_steps:
                 break
             if not resting:
                 resting = True

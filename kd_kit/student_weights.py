@@ -58,6 +58,11 @@ def load_weights(student: nn.Module, path: Path) -> dict[str, str]:
     """Give a student the weights in a file. Returns what was written about them."""
     student.load_state_dict(load_file(path), strict=False)
     student.tie_weights()
+    return weights_about(path)
+
+
+def weights_about(path: Path) -> dict[str, str]:
+    """What :func:`save_weights` wrote about the weights in a file."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 

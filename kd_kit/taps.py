@@ -265,11 +265,19 @@ class Taps:
 
     def __enter__(self) -> Taps:
         self._alone.acquire()
-        handles = []
-        if not self._handles:  # entered again inside itself, it listens already
-            handles = [self._body.register_forward_pre_hook(self._open), self._body.register_forward_hook(self._close)]
-            handles += [module.register_forward_hook(partial(self._keep, key)) for key, module in self._listen.items()]
-        self._handles.append(handles)
+        handles: list = []
+        try:
+            if not self._handles:  # entered again inside itself, it listens already
+                handles.append(self._body.register_forward_pre_hook(self._open))
+                handles.append(self._body.register_forward_hook(self._close))
+                for key, module in self._listen.items():
+                    handles.append(module.register_forward_hook(partial(self._keep, key)))
+            self._handles.append(handles)
+        except BaseException:  # an interrupt: nobody will leave what was not entered
+            for handle in handles:
+                handle.remove()
+            self._alone.release()
+            raise
         return self
 
     def __exit__(self, *error) -> None:

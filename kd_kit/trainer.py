@@ -43,6 +43,7 @@ from kd_kit.student_weights import (
     own,
     save_weights,
     was_stepped,
+    weights_about,
 )
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, flatten_optimizer, restore_rng, unflatten_optimizer
@@ -58,6 +59,19 @@ RECORD_EVERY = 10
 
 _MAX_SKIPPED = 20  # more than a gradient scaler needs to find its scale
 _RUNNING: weakref.WeakValueDictionary[str, Trainer] = weakref.WeakValueDictionary()  # loops of this process, by folder
+
+
+def _refuse_other_parts(before: Sequence[LossTerm], after: Sequence[LossTerm]) -> None:
+    """Raise where the trained parts of terms have other shapes than those that a run trains."""
+    shapes = [
+        {t.name: {name: tuple(v.shape) for name, v in t.part.state_dict().items()} for t in terms if t.part}
+        for terms in (before, after)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "change_terms: expected trained parts of the shapes that the run has, got others; a run that has begun "
+            "keeps its parts, so give one with other parts another name: build_session(run=...)"
+        )
 
 
 def refuse_beside_a_running_one(folder: Path, student) -> None:
@@ -157,6 +171,7 @@ class Trainer(Steering):
         self._skipped_in_row = 0
         self._resumed = False
         self._holds_best = False
+        self._rng: tuple | None = None  # of the run while it is at rest: what other cells draw is not drawn from it
         self.accelerator = self.session.engine()
         self.module = DistillModule(self.student, self.terms).to(self.session.device)
         self.optimizer = build_optimizer(
@@ -175,14 +190,26 @@ class Trainer(Steering):
             end = self.total_steps if steps is None else min(self.total_steps, self.step + steps)
             early = self.stopped_early and self._early_stopping is not None
             if self.step < end and not early:
+                if _RUNNING.get(self._address, self) is not self:
+                    raise ValueError(
+                        f"Trainer.fit: expected a run at rest in {str(self.session.folder)!r}, got another trainer "
+                        "that trains there in the background; trainer.stop() and trainer.wait() on that one"
+                    )
                 self._loop = threading.current_thread()
                 _RUNNING[self._address] = self
                 try:
                     self._run_to(end, requests)
                 except BaseException as error:
                     self.stop_reason = f"failed: {type(error).__name__}: {error}".removesuffix(": ")
+                    self.controls.clear()
                     with contextlib.suppress(Exception):  # what ended the run is what is said
                         self._tell("on_stop")
+                    if isinstance(error, checkpoint.CheckpointError):  # the save behind the last step: all is whole
+                        print(
+                            f"{self.session.folder.name}: step {self.step:,} is not saved yet, and still here: make "
+                            "room, then trainer.save() or fit()"
+                        )
+                        raise
                     saved = self._saved_step()
                     print(
                         f"{self.session.folder.name}: broken off at step {self.step:,}; fit() goes on from "
@@ -204,11 +231,15 @@ class Trainer(Steering):
                     f"nothing is trained; {hint}"
                 )
             if self.stopped_early and self._early_stopping is not None:
-                self.load_best()
+                if (self.session.folder / "best.safetensors").exists():
+                    self.load_best()
+                else:
+                    self._event("alarm", "the best weights were not kept; the student has those of the last step")
         return self.stop_reason
 
     def _run_to(self, end: int, requests: StopRequests) -> None:
         """The loop itself, and the save behind it."""
+        self.stopped_early = False
         self._write_run()
         self.settle()
         self._reference_scores()
@@ -219,6 +250,8 @@ class Trainer(Steering):
             self.settings["seed"], range(self.step * every, end * every), workers=self.settings["workers"]
         )
         self._last_save = time.monotonic()
+        if self._rng is not None:
+            restore_rng(*self._rng)
         while self.step < min(end, self.total_steps) and self.stop_reason is None:
             started = time.monotonic()
             self._train_step([next(batches) for _ in range(every)], started)
@@ -227,10 +260,13 @@ class Trainer(Steering):
             self._after_step(end)
             self._longest_pause = max(self._longest_pause, time.monotonic() - trained)
             self._heed(requests)
+        self._rng = capture_rng()
         self._flush()
         self.stop_reason = self.stop_reason or ("finished" if self.step >= self.total_steps else "paused")
         self.history.append({"kind": "event", "step": self.step, "what": "stopped", "text": self.stop_reason})
         self.save()
+        for what in self.controls.take():  # asked for during the last step's evaluation and save
+            {"save": lambda: None, "evaluate": self.evaluate_now, "decay": self._begin_decay}[what]()
         self._tell("on_stop")
 
     def replace_terms(self, terms: Sequence[LossTerm]) -> str:
@@ -249,12 +285,14 @@ class Trainer(Steering):
             config = run_config(self)
             if self.step or self._steps_done():
                 refuse_other_run(self.session.folder, before[2], config)
+                _refuse_other_parts(before[0], self.terms)
         except ValueError:
             self.terms, self.teacher = before[:2]
             raise
         kept = self._state() if self.step else None
-        save_number = self.save_number
+        save_number, best = self.save_number, (self.best, self.best_step)
         self._prepare()
+        self.save_number, self.best, self.best_step = save_number, *best
         self._parts_start = copy.deepcopy(self.module.parts.state_dict())
         if kept is not None:
             groups, state = kept
@@ -268,6 +306,8 @@ class Trainer(Steering):
         text = ", ".join(changes) or "nothing"
         if changes:
             self._event("changed", text)
+            if any((self.session.folder / "ckpt").glob("step-*")):
+                self.save()  # what is on disk goes on with these terms
         return text
 
     @property
@@ -328,6 +368,9 @@ class Trainer(Steering):
         with self._locked():
             found = self._resume()
         self._resumed = True
+        best = self.session.folder / "best.safetensors"
+        if self.stopped_early and self._early_stopping is not None and best.exists():
+            self.load_best()  # as the session that stopped it left the student
         return found
 
     def _resume(self) -> bool:
@@ -351,11 +394,23 @@ class Trainer(Steering):
         self._load(groups, state)
         self._holds_best = False
         self.history.rewind(self.step)
+        self._find_best()
         self._log = self._new_log()
         self._record_run()
         text = f"from {info.path.name}, {self.seconds:.0f} s of training so far"
         self.history.append({"kind": "event", "step": self.step, "what": "resumed", "text": text})
         return True
+
+    def _find_best(self) -> None:
+        """The lowest evaluation up to this step: one that was asked for at rest is in no checkpoint."""
+        found = [(bits, step) for step, bits in zip(*self.history.evaluations(), strict=True) if math.isfinite(bits)]
+        if found:
+            self.best, self.best_step = min(found)
+        kept = self.session.folder / "best.safetensors"
+        if kept.exists() and int(weights_about(kept).get("step", 0)) > self.step:
+            kept.unlink()  # of steps that are forgotten
+            if self.best_step == self.step:
+                self._keep_best()
 
     def save(self) -> checkpoint.CheckpointInfo | None:
         """Write a checkpoint now. Returns what was written; None where a run in the background was asked to do it.
@@ -409,7 +464,7 @@ class Trainer(Steering):
         result = self._score(self.student)
         if self._holds_best:
             return result  # of other weights than those of this step: no part of its history
-        if self.best is None or result < self.best:
+        if math.isfinite(result) and (self.best is None or result < self.best):
             self.best, self.best_step = result, self.step
             self._keep_best()
         self.history.append({"kind": "eval", "step": self.step, "bits_per_byte": result, "seconds": self.seconds})
@@ -639,14 +694,14 @@ class Trainer(Steering):
     def _stages(self) -> list[tuple[int, str]]:
         """What changes at which step of the run, in words."""
         changes = self.schedule.changes({t.name: t.weight for t in self.terms}, self.total_steps)
-        return changes + self.lr_schedule.changes(self.planned_steps)
+        return changes + self.lr_schedule.changes(self.planned_steps, self.decay_from)
 
     # --- state --------------------------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict, dict]:
         """Everything that the next step depends on, as named tensors and plain JSON."""
         optim, optim_state = flatten_optimizer(self.optimizer.state_dict())
-        rng, rng_state = capture_rng()
+        rng, rng_state = capture_rng() if self._loop is not None or self._rng is None else self._rng
         scaler = self.accelerator.scaler
         groups = {
             "model": self.student.state_dict(),
@@ -677,7 +732,8 @@ class Trainer(Steering):
         self.optimizer.load_state_dict(unflatten_optimizer(groups["optim"], state["optimizer"]))
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay  # a setting of this session, not a state
-        restore_rng(groups["rng"], state["rng"])
+        self._rng = groups["rng"], state["rng"]
+        restore_rng(*self._rng)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]

@@ -301,6 +301,38 @@ def test_a_resumed_run_repeats_nothing_and_knows_what_stands():
     assert standing_alarms(again.history) == []
 
 
+GOOD = {"grad_share": 0.4, "cosine": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("sick", "next_"),
+    [
+        ([{"kd": 5.0}] * STEPS, {"kd": 100.0}),
+        ([{"kd": 5.0}] * STEPS, {"kd": {"value": None, "count": 0}}),
+        ([{"kd": 50.0}], {"kd": math.nan}),
+        ([{"kd": math.nan}], {"kd": {"value": None, "count": 0}}),
+        ([{"grad_norm": math.nan}], {"grad_norm": math.nan, "kd": math.nan}),
+        ([{"feature": GOOD | {"grad_share": 0.001}}] * 3, {"lm": {"grad_share": 0.99, "cosine": None}}),
+        ([{"feature": GOOD | {"grad_share": 0.001}}] * 3, {"feature": GOOD | {"grad_share": 0.0, "weight": 0.0}}),
+        ([{"feature": GOOD | {"cosine": -0.5}}] * 3, {"feature": GOOD | {"cosine": None}}),
+        ([{"kd": GOOD | {"cosine": 0.0}}] * 3, {"kd": GOOD | {"cosine": -0.6}}),
+    ],
+)
+def test_what_says_nothing_clears_nothing(sick, next_):
+    run = Run()
+    for fields in sick:
+        run.measured(1, **({"lm": {"grad_share": 0.4, "cosine": None}} | fields))
+    assert run.alarms
+    run.measured(2 * STEPS, **next_)
+    assert run.cleared == []
+
+
+def test_an_alarm_of_long_ago_is_cleared_after_a_resume():
+    run = Run().measured(MEASUREMENTS, kd={"grad_share": 0.3, "cosine": -0.5}).steps(600)
+    again = Run(history=run.history).measured(MEASUREMENTS, kd={"grad_share": 0.3, "cosine": 0.5})
+    assert again.cleared == ["kd no longer pulls against lm"]
+
+
 def test_a_resumed_run_goes_on_counting():
     run = Run().steps(STEPS - 10, kd=5.0)
     again = Run(history=run.history).steps(10, kd=5.0)

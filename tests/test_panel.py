@@ -247,7 +247,8 @@ def test_clicks_act_on_a_run_in_the_background(tmp_path, screen, capsys):
         panel.buttons["stop"].click()
         assert trainer.wait(120) == "stopped by request"
     finally:
-        trainer.stop()
+        if trainer.running:
+            trainer.stop()
         trainer.wait(120)
     assert any(line.startswith("stopped at step") for line in panel.lines)
     assert capsys.readouterr().out == ""  # the cell that ran last stays clean

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from kd_kit import (
     EarlyStopping,
     LearningRate,
     attention_term,
+    checkpoint,
     curriculum,
     evaluate,
     feature_term,
@@ -25,6 +28,7 @@ from kd_kit import (
     kd_term,
     lm_term,
     router_term,
+    score,
 )
 from kd_kit.session import Session
 from kd_kit.trainer_builder import change_terms
@@ -168,8 +172,10 @@ def test_the_cell_that_builds_a_trainer_run_again_leaves_a_running_one_alone(tmp
     assert_same_run(whole, trainer)
 
 
-def test_a_program_that_ends_while_it_trains_stops_and_saves(tmp_path):
-    code = f"""
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("os.kill(os.getpid(), signal.SIGTERM)", 143)])
+def test_a_program_that_ends_while_it_trains_stops_and_saves(tmp_path, end, code):
+    program = f"""
+import os, signal
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
@@ -178,9 +184,10 @@ trainer = make_trainer(Path({str(tmp_path / "run")!r}), steps=100_000, eval_ever
 trainer.fit(background=True)
 while trainer.step < 2:
     pass
+{end}
 """
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
-    assert child.returncode == 0, child.stderr
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert child.returncode == code, child.stderr
     assert "the run in the background stops after its step and saves" in child.stdout
     assert "stopped at step" in child.stdout
     again = make_trainer(tmp_path / "run", steps=100_000, eval_every=100_000)
@@ -250,6 +257,70 @@ def test_a_teacher_that_two_threads_read_says_to_each_what_belongs_to_it(tmp_pat
     whole = make_trainer(tmp_path / "whole", terms=terms, data=data, measure_every=1, steps=40, eval_every=40)
     whole.fit()
     assert_same_run(whole, trainer)
+
+
+def test_a_trainer_that_trained_in_the_background_can_be_given_up(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=2)
+    trainer.fit(background=True)
+    trainer.wait(LONG)
+    about = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert about() is None, "its models would stay in the memory of the card"
+
+
+def test_a_stop_behind_the_last_step_is_the_end(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=4)
+    trainer.callbacks = [At(4, lambda t: t.stop())]
+    assert trainer.fit() == "finished"
+
+
+def test_what_other_cells_draw_between_two_calls_changes_nothing(tmp_path):
+    def built(folder):
+        return make_trainer(folder, student=tiny_student(attention_dropout=0.2), steps=6)
+
+    torch.manual_seed(5)
+    whole = built(tmp_path / "whole")
+    whole.fit()
+    torch.manual_seed(5)
+    trainer = built(tmp_path / "parts")
+    trainer.fit(steps=3)
+    torch.rand(7)
+    trainer.save()
+    trainer.fit()
+    assert_same_run(whole, trainer)
+
+
+def test_a_save_that_fails_at_the_end_loses_nothing(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "run", steps=4)
+    save = checkpoint.save_checkpoint
+
+    def full(*arguments, **more):
+        raise checkpoint.CheckpointError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    with pytest.raises(checkpoint.CheckpointError):
+        trainer.fit()
+    assert trainer.step == 4
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    assert trainer.save().step == 4
+    whole = make_trainer(tmp_path / "whole", steps=4)
+    whole.fit()
+    assert_same_run(whole, trainer)
+
+
+def test_scoring_a_student_beside_its_run_leaves_its_dropout_on(tmp_path):
+    trainer, gate = behind(tmp_path / "run", student=tiny_student(attention_dropout=0.2))
+    modes = []
+    trainer.student.model.register_forward_pre_hook(
+        lambda *_: modes.append(trainer.student.training) if threading.current_thread().name == "kd_kit fit" else None
+    )
+    gate.open.set()
+    for _ in range(5):
+        score(trainer.student, trainer.data.held_out, limit=2)
+    trainer.wait(LONG)
+    assert modes.count(True) >= 39
+    assert modes.count(False) <= 2, "its own last evaluation"
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -389,6 +460,17 @@ def test_the_session_clock_begins_the_decay_in_time(tmp_path, monkeypatch):
     assert clock.now < 2500
 
 
+def test_a_decay_that_was_asked_for_at_rest_is_not_forgotten(tmp_path):
+    trainer = falling(tmp_path / "run")
+    trainer.fit(steps=8)
+    trainer.decay_now()
+    again = falling(tmp_path / "run")
+    assert again.fit() == "finished"
+    assert again.step == 18
+    said = [e["text"] for e in again.history.events if e["what"] == "stage" and "learning rate" in e["text"]]
+    assert len(said) == 1, "and not said again at the time that was planned for it"
+
+
 def test_a_rate_without_decay_cannot_fall_early(tmp_path):
     trainer = falling(tmp_path / "run", lr_schedule=LearningRate(0.1, 0.0))
     with pytest.raises(ValueError, match="expected a learning rate with a decay"):
@@ -497,6 +579,28 @@ def test_the_best_weights_are_for_looking_at_and_not_for_going_on(tmp_path):
     straight = scored(tmp_path / "straight", WORSE_AFTER_FOUR, early_stopping=None)
     straight.fit(steps=4)
     assert_same_run(straight, trainer)
+
+
+def test_a_best_evaluation_at_rest_is_remembered_and_one_of_forgotten_steps_is_not(tmp_path):
+    scores = [9.0, 8.0, 7.0, 0.5, 6.0, *[5.0] * 30]
+    trainer = scored(tmp_path / "run", scores, early_stopping=None, eval_every=10)
+    trainer.fit(steps=3)
+    assert trainer.evaluate_now() == 0.5
+    again = scored(tmp_path / "run", scores, early_stopping=None, eval_every=10)
+    again.resume()
+    assert (again.best, again.best_step) == (0.5, 3)
+    again.callbacks = [At(9, lambda t: (_ for _ in ()).throw(RuntimeError("killed")))]
+    scores[10] = 0.1
+    with pytest.raises(RuntimeError, match="killed"):
+        again.fit()
+    assert again.load_best() == (3, 0.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_evaluation_that_is_not_finite_is_never_the_best(tmp_path, bad):
+    trainer = scored(tmp_path / "run", [bad, bad, bad, *(9 - 0.1 * i for i in range(40))], steps=20)
+    assert trainer.fit() == "finished"
+    assert trainer.best_step == 20
 
 
 def test_without_an_evaluation_there_is_no_best(tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import threading
 import time
@@ -18,8 +17,6 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from kd_kit import checkpoint
 from kd_kit.balance import Balance, fixed
 from kd_kit.callbacks import EarlyStopping, PrintLines
@@ -27,26 +24,22 @@ from kd_kit.data import DistillData
 from kd_kit.evaluation import score
 from kd_kit.gradients import place_name
 from kd_kit.history import History
+from kd_kit.keeping import Keeping
 from kd_kit.learning_rate import LearningRate
 from kd_kit.module import DistillModule, all_needs, settle_parts
 from kd_kit.optimizer import build_optimizer
 from kd_kit.run_config import changed_settings, check_run, refuse_other_run, run_config
-from kd_kit.run_lock import lock_run
 from kd_kit.session import Session, StopRequests, shown
 from kd_kit.stages import Schedule, constant
 from kd_kit.steering import Steering
 from kd_kit.step_log import StepLog
 from kd_kit.student_weights import (
-    is_owned,
-    load_weights,
     mark_stepped,
     own,
-    save_weights,
     was_stepped,
-    weights_about,
 )
 from kd_kit.teacher import LiveTeacher
-from kd_kit.tensor_tree import capture_rng, flatten_optimizer, restore_rng, unflatten_optimizer
+from kd_kit.tensor_tree import capture_rng, restore_rng
 from kd_kit.terms import LossTerm, lm_term
 from kd_kit.train_step import train_step
 from kd_kit.types import DistillBatch
@@ -87,7 +80,7 @@ def refuse_beside_a_running_one(folder: Path, student) -> None:
         )
 
 
-class Trainer(Steering):
+class Trainer(Keeping, Steering):
     """A distillation run. Made by :func:`kd_kit.build_trainer`, which explains the arguments.
 
     Attributes:
@@ -343,114 +336,6 @@ class Trainer(Steering):
     def _early_stopping(self) -> EarlyStopping | None:
         return next((c for c in self.callbacks if isinstance(c, EarlyStopping)), None)
 
-    # --- resuming and saving ------------------------------------------------------------------------------------
-
-    def resume(self) -> bool:
-        """Load the newest good checkpoint of the run folder, once per trainer; True if there was one.
-
-        Raises:
-            CheckpointError: there are checkpoints and none of them can be used.
-            RunLocked: another living process trains in this folder.
-            ValueError: another trainer was given this student since, or it trains in the background.
-        """
-        if self._elsewhere():
-            raise ValueError(
-                "Trainer: expected a run at rest, got one that trains in the background; trainer.wait() for its end, "
-                "or trainer.stop()"
-            )
-        if not is_owned(self.student, self._owner):
-            raise ValueError(
-                f"Trainer: expected its student to itself, got one that a later trainer has taken over; for the run in "
-                f"{str(self.session.folder)!r} build student and trainer again"
-            )
-        if self._resumed:
-            return self.step > 0
-        with self._locked():
-            found = self._resume()
-        self._resumed = True
-        best = self.session.folder / "best.safetensors"
-        if self.stopped_early and self._early_stopping is not None and best.exists():
-            self.load_best()  # as the session that stopped it left the student
-        return found
-
-    def _resume(self) -> bool:
-        info, refusals = checkpoint.find_checkpoint(self.session.folder, run_id=self.run_id)
-        if refusals:
-            print(checkpoint.refusal_table(refusals))
-        if info is None and (refusals or list((self.session.folder / "ckpt").glob(".bad-*"))):
-            raise checkpoint.CheckpointError(
-                f"Trainer: expected a usable checkpoint in {str(self.session.folder / 'ckpt')!r}, got only refused "
-                "ones; repair it, or start anew under another name: build_session(run=...)"
-            )
-        if info is None:
-            # the start that the folder holds, whatever an earlier cell or session did to this student
-            self._load_start(self.student)
-            self.module.parts.load_state_dict(self._parts_start)
-            self.history.rewind(-1)
-            self._log = self._new_log()
-            self._record_run()
-            return False
-        groups, state = checkpoint.load_checkpoint(info)
-        self._load(groups, state)
-        self._holds_best = False
-        self.history.rewind(self.step)
-        self._find_best()
-        self._log = self._new_log()
-        self._record_run()
-        text = f"from {info.path.name}, {self.seconds:.0f} s of training so far"
-        self.history.append({"kind": "event", "step": self.step, "what": "resumed", "text": text})
-        return True
-
-    def _find_best(self) -> None:
-        """The lowest evaluation up to this step: one that was asked for at rest is in no checkpoint."""
-        found = [(bits, step) for step, bits in zip(*self.history.evaluations(), strict=True) if math.isfinite(bits)]
-        if found:
-            self.best, self.best_step = min(found)
-        kept = self.session.folder / "best.safetensors"
-        if kept.exists() and int(weights_about(kept).get("step", 0)) > self.step:
-            kept.unlink()  # of steps that are forgotten
-            if self.best_step == self.step:
-                self._keep_best()
-
-    def save(self) -> checkpoint.CheckpointInfo | None:
-        """Write a checkpoint now. Returns what was written; None where a run in the background was asked to do it.
-
-        Raises:
-            CheckpointError: it could not be written; older checkpoints are untouched.
-            ValueError: the student holds its best weights, which are no state to go on from.
-        """
-        if self._elsewhere():
-            return self.controls.want("save")
-        if self._holds_best:
-            raise ValueError(
-                "Trainer.save: expected the weights of the last step, got the best ones, which load_best() put in "
-                "their place; they are in best.safetensors, and fit() goes on from the last ones"
-            )
-        self.resume()
-        with self._locked():
-            return self._save()
-
-    def _save(self) -> checkpoint.CheckpointInfo:
-        started = time.monotonic()
-        self._flush()
-        groups, state = self._state()
-        self.save_number += 1
-        state["save_number"] = self.save_number
-        info = checkpoint.save_checkpoint(
-            self.session.folder,
-            step=self.step,
-            save_number=self.save_number,
-            groups=groups,
-            state=state,
-            run_id=self.run_id,
-            best=self.step == self.best_step,
-        )
-        self._last_save = time.monotonic()
-        self._save_seconds = self._last_save - started
-        self.history.append({"kind": "event", "step": self.step, "what": "saved", "text": info.path.name})
-        self._tell("on_save")
-        return info
-
     def evaluate_now(self) -> float | None:
         """Held-out bits per byte of the student on the run's evaluation windows, recorded in the history.
 
@@ -470,47 +355,6 @@ class Trainer(Steering):
         self.history.append({"kind": "eval", "step": self.step, "bits_per_byte": result, "seconds": self.seconds})
         self._tell("on_evaluate")
         return result
-
-    def _keep_best(self) -> None:
-        """Write the weights that scored best; a disk that refuses them costs these weights and not the run."""
-        try:
-            save_weights(
-                self.student, self.session.folder / "best.safetensors", step=self.step, bits_per_byte=self.best
-            )
-        except (OSError, SafetensorError) as error:
-            self._event("alarm", f"the best weights so far were not kept: {error}")
-
-    def load_best(self) -> tuple[int, float]:
-        """Put the weights with the lowest held-out bits per byte into the student, for evaluation and export.
-
-        ``fit()`` goes on from the last weights all the same.
-
-        Returns:
-            the step that they are of, and their bits per byte.
-
-        Raises:
-            ValueError: nothing has been evaluated yet.
-        """
-        self.resume()
-        path = self.session.folder / "best.safetensors"
-        if not path.exists():
-            raise ValueError(
-                f"Trainer.load_best: expected weights in {str(path)!r}, got none; they are written when an evaluation "
-                "is the best so far: trainer.evaluate_now()"
-            )
-        about = load_weights(self.student, path)
-        self._holds_best = True
-        return int(about["step"]), float(about["bits_per_byte"])
-
-    def initial_student(self):
-        """A copy of the student as it was before its first step."""
-        student = copy.deepcopy(self.student)
-        self._load_start(student)
-        return student
-
-    def _load_start(self, student) -> None:
-        load_weights(student, self.session.folder / "initial.safetensors")
-        mark_stepped(student, False)
 
     @property
     def control_history(self) -> History | None:
@@ -580,14 +424,6 @@ class Trainer(Steering):
                 f"{'run':{wide}} {shown(self.session.folder)} (id {self.run_id})",
             ]
         )
-
-    def _steps_done(self) -> int:
-        """Steps that the run has behind it, also before this trainer has loaded them."""
-        return self.step if self._resumed else max(self.step, self._saved_step())
-
-    def _saved_step(self) -> int:
-        """Of the newest checkpoint; 0 without any."""
-        return max([0, *(int(p.name.split("-")[1]) for p in (self.session.folder / "ckpt").glob("step-*"))])
 
     # --- the step -----------------------------------------------------------------------------------------------
 
@@ -683,102 +519,12 @@ class Trainer(Steering):
             self._flush()
             self.stop_reason = f"{_MAX_SKIPPED} steps in a row had no finite gradient"
 
-    def _save_or_warn(self) -> None:
-        """A save in mid-run: a disk that refuses it now may take it later, so the run goes on and says so."""
-        try:
-            self.save()
-        except checkpoint.CheckpointError as error:
-            self._last_save = time.monotonic()
-            self._event("alarm", f"not saved: {error}")
-
     def _stages(self) -> list[tuple[int, str]]:
         """What changes at which step of the run, in words."""
         changes = self.schedule.changes({t.name: t.weight for t in self.terms}, self.total_steps)
         return changes + self.lr_schedule.changes(self.planned_steps, self.decay_from)
 
-    # --- state --------------------------------------------------------------------------------------------------
-
-    def _state(self) -> tuple[dict, dict]:
-        """Everything that the next step depends on, as named tensors and plain JSON."""
-        optim, optim_state = flatten_optimizer(self.optimizer.state_dict())
-        rng, rng_state = capture_rng() if self._loop is not None or self._rng is None else self._rng
-        scaler = self.accelerator.scaler
-        groups = {
-            "model": self.student.state_dict(),
-            "aux": self.module.parts.state_dict(),
-            "optim": optim,
-            "rng": rng,
-        }
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "skipped_steps": self.skipped_steps,
-            "best": self.best,
-            "best_step": self.best_step,
-            "decay_from": self.decay_from,
-            "stopped_early": self.stopped_early,
-            "gradient_norms": dict(self._norms),
-            "optimizer": optim_state,
-            "rng": rng_state,
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-        return groups, state
-
-    def _load(self, groups: dict, state: dict) -> None:
-        self.student.load_state_dict(groups["model"])
-        self.module.parts.load_state_dict(groups["aux"])
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(unflatten_optimizer(groups["optim"], state["optimizer"]))
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay  # a setting of this session, not a state
-        self._rng = groups["rng"], state["rng"]
-        restore_rng(*self._rng)
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.skipped_steps, self.save_number = state["skipped_steps"], state["save_number"]
-        self.best, self.best_step = state["best"], state["best_step"]
-        self.decay_from = state.get("decay_from")
-        self.stopped_early = state.get("stopped_early", False)
-        self._norms = dict(state.get("gradient_norms", {}))
-        mark_stepped(self.student, self.step > 0)
-
-    def _write_run(self) -> None:
-        """RUN.json, and with a new run the student's start."""
-        folder = self.session.folder
-        path = folder / "RUN.json"
-        text = json.dumps({"run_id": self.run_id, "config": self._config}, indent=1)
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            save_weights(self.student, folder / "initial.safetensors")
-        elif path.read_text() == text:
-            return
-        beside = folder / "RUN.json.tmp"
-        beside.write_text(text)
-        beside.replace(path)  # whole or not there
-
-    def _record_run(self) -> None:
-        """The run's plan in its history: once, and again when a later session changed it."""
-        terms = {t.name: t.meta for t in self.terms}
-        record = {"kind": "run", "run_id": self.run_id, "total_steps": self.total_steps, "terms": terms}
-        if self.history.last("run") != record:
-            self.history.append(record)
-
     # --- small helps --------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _locked(self):
-        """Keep other processes out of the run folder; once held, holding it again changes nothing."""
-        if self._holds_lock:
-            yield
-            return
-        with lock_run(self.session.folder):
-            self._holds_lock = True
-            try:
-                yield
-            finally:
-                self._holds_lock = False
 
     def _score(self, model, side: str = "student") -> float:
         # the teacher is always read in its own dtype, as in training

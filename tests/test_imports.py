@@ -74,6 +74,7 @@ LEVELS = {
         "run_table",
         "step_log",
         "steering",
+        "keeping",
         "trainer",
         "trainer_builder",
         "schedule_plot",

@@ -296,7 +296,7 @@ class Watch:
             yield Finding(
                 f"strays:{name}",
                 f"{name} compares next-token distributions and does not pull with the text: the cosine of its gradient "
-                f"with that of lm is {cosine:.2f}, where 0.3 to 0.7 is usual",
+                f"with that of lm is {cosine:.2f}, where about 0.5 is usual",
                 "it compares positions that do not belong together, or the teacher does not know this text",
                 "kd.looks.alignment(trainer); kd.audit; the teacher's bits per byte in kd.run_preflight",
                 patience=MEASUREMENTS,

@@ -8,104 +8,30 @@ nothing but a number.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from kd_kit import loading
 from kd_kit.align import align, byte_ends, cut_windows
 from kd_kit.pair import TokenizerPair
+from kd_kit.rows import (
+    MAX_CHARACTERS,
+    NO_BOUNDARIES,
+    NOT_GIVEN_BACK,
+    RowReport,
+    read_texts,
+    refuse_share,
+    save_refused,
+    unencodable,
+)
 from kd_kit.types import IGNORE, DistillBatch
 from kd_kit.vocab import Vocabulary
 
 _ENCODE_AT_ONCE = 32  # documents per call of a tokenizer: bounds memory, costs nothing
-
-
-@dataclass
-class RowReport:
-    """What became of the rows that were given: counts, and the first few of each refused kind.
-
-    Attributes:
-        read: rows looked at. used: those that are in the windows. refused: {reason: row numbers}.
-        kept: row number of every text that was read from them, so that later refusals can name it.
-    """
-
-    read: int = 0
-    used: int = 0
-    refused: dict[str, list[int]] = field(default_factory=dict)
-    kept: list[int] = field(default_factory=list)
-
-    def refuse(self, reason: str, row: int) -> None:
-        self.refused.setdefault(reason, []).append(row)
-
-    def __repr__(self) -> str:
-        lines = [f"{self.used:,} of {self.read:,} documents used"]
-        for reason, rows in self.refused.items():
-            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            lines.append(f"  {len(rows):,} {reason} (row {shown})")
-        return "\n".join(lines)
-
-
-def read_texts(texts: Iterable, *, column: str = "text", maximum: int | None = None) -> tuple[list[str], RowReport]:
-    """Texts out of a list of strings or a ``datasets`` object, with every unusable row counted.
-
-    Raises:
-        ValueError: a single string, a data set without that column, or nothing usable at all.
-    """
-    if isinstance(texts, str):
-        raise ValueError(
-            "build_data: expected a list of texts, got one string, which would be read letter by letter; pass [text]"
-        )
-    if texts is None:
-        raise ValueError("build_data: expected texts, got None; pass a list of strings or a datasets object")
-    columns = getattr(texts, "column_names", None)
-    if isinstance(columns, dict):
-        raise ValueError(
-            f"build_data: expected one split, got a DatasetDict with {', '.join(columns)}; "
-            f"pass texts[{next(iter(columns))!r}]"
-        )
-    if columns is not None and column not in columns:
-        raise ValueError(
-            f"build_data: expected a column {column!r}, got a data set with {', '.join(columns)}; "
-            f"pass column={columns[0]!r} or whichever holds the text"
-        )
-    report, out = RowReport(), []
-    for row, value in enumerate(texts):
-        if maximum is not None and len(out) >= maximum:
-            break
-        report.read += 1
-        if columns is not None:
-            value = value[column]
-        elif isinstance(value, dict):  # a streamed data set that does not know its columns beforehand
-            if column not in value:
-                raise ValueError(
-                    f"build_data: expected a column {column!r}, got a row with {', '.join(map(str, value))}; "
-                    "pass column= with the one that holds the text"
-                )
-            value = value[column]
-        if value is None:
-            report.refuse("missing", row)
-        elif not isinstance(value, str):
-            report.refuse(f"not text but {type(value).__name__}", row)
-        elif not value.strip():
-            report.refuse("empty", row)
-        elif not _encodable(value):
-            report.refuse("with half a surrogate pair, which no encoding can hold", row)
-        else:
-            out.append(value)
-            report.kept.append(row)
-    if not out:
-        raise ValueError(f"build_data: expected at least one text with something in it, got none: {report!r}")
-    return out, report
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -114,6 +40,16 @@ class _Document:
     student_ends: np.ndarray
     teacher_ids: np.ndarray
     teacher_ends: np.ndarray
+
+
+def _encoded(pair: TokenizerPair, texts: list[str]) -> list:
+    """As ``pair.encode``, with the error in the place of a text on which a tokenizer raises."""
+    try:
+        return pair.encode([pair.normalise(t) for t in texts])
+    except MemoryError:
+        raise
+    except Exception as error:
+        return [error] if len(texts) == 1 else [one for t in texts for one in _encoded(pair, [t])]
 
 
 def _white_space_runs(vocab: Vocabulary) -> np.ndarray:
@@ -130,7 +66,17 @@ def _tokens_between(ends: np.ndarray, first: int, last: int) -> slice:
 class WindowSet(torch.utils.data.Dataset):
     """Windows of documents in both tokenizations. Indexing gives a window's number; ``collate`` makes the batch."""
 
-    def __init__(self, texts: list[str], pair: TokenizerPair, *, window: int, stride: int | None, report: RowReport):
+    def __init__(
+        self,
+        texts: list[str],
+        pair: TokenizerPair,
+        *,
+        window: int,
+        stride: int | None,
+        report: RowReport,
+        check: Callable[[], None] | None = None,
+    ):
+        """``check`` is called after every few documents; it may raise to stop."""
         self.pair = pair
         self.window = window
         self.report = report
@@ -142,22 +88,26 @@ class WindowSet(torch.utils.data.Dataset):
         skip = None if stride is None else max(1, min(stride, room))
         for start in range(0, len(texts), _ENCODE_AT_ONCE):
             several = slice(start, start + _ENCODE_AT_ONCE)
-            batch = [pair.normalise(t) for t in texts[several]]
-            for row, both in zip(report.kept[several], pair.encode(batch), strict=True):
-                if both is None:
-                    report.refuse("not given back byte for byte by one of the tokenizers", row)
+            rows = list(zip(report.kept[several], texts[several], strict=True))
+            for (row, text), both in zip(rows, _encoded(pair, texts[several]), strict=True):
+                if both is None or isinstance(both, Exception):
+                    report.refuse(NOT_GIVEN_BACK if both is None else unencodable(both), row, text)
                     continue
                 s_ids, s_len, t_ids, t_len = both
                 document = _Document(s_ids.astype(np.int32), byte_ends(s_len), t_ids.astype(np.int32), byte_ends(t_len))
                 cuts = cut_windows(document.student_ends, document.teacher_ends, length=room, stride=skip)
                 if len(cuts) == 0:
-                    report.refuse("without two common boundaries within a window", row)
+                    report.refuse(NO_BOUNDARIES, row, text)
                     continue
                 table.append(np.column_stack([np.full(len(cuts), len(self.documents)), cuts]))
                 self.documents.append(document)
-        report.used = len(self.documents)
+            report.used = len(self.documents)
+            if check is not None and several.stop < len(texts):
+                check()
         if not table:
             raise ValueError(f"build_data: expected text that both tokenizers can read, got none: {report!r}")
+        if check is not None:
+            check()
         self.table = np.concatenate(table)  # [W, 4]: document, first byte, first scored byte, end byte
 
     def __len__(self) -> int:
@@ -303,16 +253,6 @@ class WindowSet(torch.utils.data.Dataset):
             yield self.collate(chosen[start : start + batch_size])
 
 
-class _Lists:
-    """The window numbers of every wanted batch, worked out one at a time."""
-
-    def __init__(self, data: DistillData, seed: int, positions: Iterable[int]):
-        self.data, self.seed, self.positions = data, seed, positions
-
-    def __iter__(self):
-        return (self.data.indices(self.seed, p).tolist() for p in self.positions)
-
-
 class DistillData:
     """Training and held-out windows of a pair of tokenizers. Made by :func:`build_data`.
 
@@ -337,25 +277,26 @@ class DistillData:
     def indices(self, seed: int, position: int) -> np.ndarray:
         """The windows of batch number ``position``: a pure function of (seed, epoch, place within the epoch)."""
         epoch, place = divmod(position, self.batches_per_epoch)
-        if self._order[0] != (seed, epoch):  # remembered for speed only
+        remembered = self._order  # for speed only; read once, as several threads may ask
+        if remembered[0] != (seed, epoch):
             order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(self.train))
-            self._order = ((seed, epoch), order)
-        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+            self._order = remembered = ((seed, epoch), order)
+        return remembered[1][place * self.batch_size : (place + 1) * self.batch_size]
 
-    def batches(self, seed: int, positions: Iterable[int], *, workers: int = 0) -> Iterator[DistillBatch]:
-        """The batches at these positions, in order, through a DataLoader.
-
-        The loader has a random generator of its own, so fetching data leaves the global one alone.
-        """
-        loader = torch.utils.data.DataLoader(
-            self.train,
-            batch_sampler=_Lists(self, seed, positions),
-            collate_fn=self.train.collate,
-            num_workers=workers,
-            generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
+    def batches(
+        self,
+        seed: int,
+        positions: Iterable[int],
+        *,
+        workers: int = 0,
+        timeout: float = 300.0,
+        on_trouble: Callable[[str, Path | None], None] | None = None,
+        dump_folder: Path | None = None,
+    ) -> Iterator[DistillBatch]:
+        """The batches at these positions, in order, fetched ahead; see :func:`kd_kit.loading.batches`."""
+        return loading.batches(
+            self, seed, positions, workers=workers, timeout=timeout, on_trouble=on_trouble, dump_folder=dump_folder
         )
-        yield from loader
 
     @property
     def fingerprint(self) -> str:
@@ -398,8 +339,14 @@ def build_data(
     stride: int | None = None,
     maximum: int | None = None,
     seed: int = 0,
+    max_characters: int = MAX_CHARACTERS,
+    max_refused: float = 0.5,
+    quarantine: str | Path | None = None,
 ) -> DistillData:
     """Texts to windows that both tokenizers can be compared on, with some documents held out.
+
+    Rows that cannot be used are left out and counted, see :func:`kd_kit.rows.read_texts`; ``data.train.report`` and
+    ``data.held_out.report`` show them.
 
     Args:
         texts: a list of strings or one split of a ``datasets`` object; one entry is one document.
@@ -410,35 +357,63 @@ def build_data(
         stride: tokens that each held-out window scores; the rest of it is context. Half a window if left out.
         maximum: read no more than this many documents.
         seed: of the choice of held-out documents.
+        max_characters: a longer document is refused.
+        max_refused: share of the rows, of ``texts`` and of held-out texts each, that may be refused; 1 for any.
+        quarantine: a file to write all refused rows to, see :func:`kd_kit.rows.save_refused`; written before an error
+            about them, too.
 
     Raises:
-        ValueError: nothing readable, a missing column, a window too small, or too few documents to hold any out.
+        ValueError: nothing readable, too much of it refused, a missing column, a window too small, or too few documents
+            to hold any out.
     """
     if window < 8:
         raise ValueError(f"build_data: expected a window of at least 8 tokens, got {window}")
     if batch_size < 1:
         raise ValueError(f"build_data: expected a batch_size of at least 1, got {batch_size}")
-    documents, report = read_texts(texts, column=column, maximum=maximum)
-    if isinstance(held_out, (int, float)):
-        if not 0 < held_out < 1:
-            raise ValueError(
-                f"build_data: expected held_out between 0 and 1, or texts, got {held_out}; what is learned is measured "
-                "on text that was not trained on"
-            )
-        if len(documents) < 2:
-            raise ValueError(
-                "build_data: expected at least two documents to hold some out, got one; "
-                "split it, or pass held_out=[other texts]"
-            )
-        count = min(max(1, round(held_out * len(documents))), len(documents) - 1)
-        apart = set(np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))[:count].tolist())
-        held_texts = [documents[i] for i in sorted(apart)]
-        held_report = RowReport(read=count, kept=[report.kept[i] for i in sorted(apart)])
-        documents = [d for i, d in enumerate(documents) if i not in apart]
-        report.kept = [row for i, row in enumerate(report.kept) if i not in apart]
-        report.read -= count
-    else:
-        held_texts, held_report = read_texts(held_out, column=column)
-    train = WindowSet(documents, tokenizers, window=window, stride=None, report=report)
-    held = WindowSet(held_texts, tokenizers, window=window, stride=stride or window // 2, report=held_report)
+    if not 0 <= max_refused <= 1:
+        raise ValueError(f"build_data: expected max_refused as a share between 0 and 1, got {max_refused}")
+    if max_characters < 1:
+        raise ValueError(f"build_data: expected max_characters of at least 1, got {max_characters}")
+    share = isinstance(held_out, (int, float))
+    if share and not 0 < held_out < 1:
+        raise ValueError(
+            f"build_data: expected held_out between 0 and 1, or texts, got {held_out}; what is learned is measured "
+            "on text that was not trained on"
+        )
+    report, held_report = RowReport(), RowReport(source="texts" if share else "held_out")
+    limits = {"column": column, "max_characters": max_characters, "max_refused": max_refused}
+    try:
+        documents, _ = read_texts(texts, maximum=maximum, report=report, **limits)
+        if share:
+            documents, held_texts = _set_apart(documents, held_out, seed, report, held_report)
+        else:
+            held_texts, _ = read_texts(held_out, report=held_report, **limits)
+
+        def check() -> None:
+            for reports in [[report, held_report]] if share else [[report], [held_report]]:
+                refuse_share(reports, max_refused)
+
+        train = WindowSet(documents, tokenizers, window=window, stride=None, report=report, check=check)
+        stride = stride or window // 2
+        held = WindowSet(held_texts, tokenizers, window=window, stride=stride, report=held_report, check=check)
+    finally:
+        if quarantine is not None:
+            save_refused(quarantine, [report, held_report])
     return DistillData(train, held, batch_size=batch_size)
+
+
+def _set_apart(
+    documents: list[str], share: float, seed: int, report: RowReport, held_report: RowReport
+) -> tuple[list[str], list[str]]:
+    """Training and held-out documents; the reports are divided likewise, refused rows stay with the first."""
+    if len(documents) < 2:
+        raise ValueError(
+            "build_data: expected at least two documents to hold some out, got one; "
+            "split it, or pass held_out=[other texts]"
+        )
+    count = min(max(1, round(share * len(documents))), len(documents) - 1)
+    apart = set(np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))[:count].tolist())
+    held_report.read, held_report.kept = count, [report.kept[i] for i in sorted(apart)]
+    report.kept = [row for i, row in enumerate(report.kept) if i not in apart]
+    report.read -= count
+    return [d for i, d in enumerate(documents) if i not in apart], [documents[i] for i in sorted(apart)]

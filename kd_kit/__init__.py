@@ -8,6 +8,7 @@ from kd_kit.dashboard import build_dashboard
 from kd_kit.data import build_data
 from kd_kit.evaluation import agreement, evaluate, score
 from kd_kit.expert_terms import router_term
+from kd_kit.fault import last_fault
 from kd_kit.kd_terms import kd_term, span_term
 from kd_kit.learning_rate import LearningRate, cosine
 from kd_kit.models import build_student, build_teacher, build_tokenizers, export
@@ -20,6 +21,7 @@ from kd_kit.schedule_plot import plot_schedule
 from kd_kit.session import build_session
 from kd_kit.stages import Schedule, constant, curriculum, piecewise, progressive, two_stage
 from kd_kit.state_terms import attention_term, contrastive_term, feature_term, layerwise_term, relation_term
+from kd_kit.student_weights import load_weights
 from kd_kit.term_evaluation import evaluate_terms
 from kd_kit.terms import LossTerm, lm_term
 from kd_kit.trainer_builder import build_trainer
@@ -61,8 +63,10 @@ __all__ = [
     "gradient_share",
     "inspect_checkpoint",
     "kd_term",
+    "last_fault",
     "layerwise_term",
     "lm_term",
+    "load_weights",
     "looks",
     "loss_figure",
     "loss_table",

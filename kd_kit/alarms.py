@@ -177,7 +177,7 @@ class Watch:
                 "finite:gradient",
                 "the gradient was not finite although every loss was; its steps are skipped",
                 "a division by zero or a square root of zero in the backward pass of one term",
-                "leave terms out one by one; kd.verify shows which term has such a gradient",
+                "leave terms out one by one; kd.last_fault() shows which and where",
                 patience=1,
                 gone="the gradient is finite again",
             )
@@ -210,7 +210,7 @@ class Watch:
                 f"finite:{name}",
                 f"{name} was not finite; its steps are skipped",
                 "an overflow in half precision, a logarithm of 0, or a teacher that gives NaN",
-                "kd.verify on these models; precision='no'; or leave the term out",
+                "kd.last_fault() shows the place; precision='no'; or leave the term out",
                 patience=1,
                 gone=f"{name} is finite again",
             )

@@ -10,7 +10,7 @@ class Callback:
     """The hooks, doing nothing. To stop a run a callback sets ``trainer.stop_reason``; nothing is thrown."""
 
     def on_start(self, trainer) -> None:
-        """Before the first step of this session, after resuming."""
+        """Before the first step of this session, after resuming; also after the run went back to a checkpoint."""
 
     def on_log(self, trainer) -> None:
         """New training records are in ``trainer.history``."""
@@ -126,6 +126,8 @@ class PrintLines(Callback):
         if best is not None and best < trainer.step and not trainer.stopped_early:
             figure = f"{trainer.best:.4f} bits per byte"
             self.print(f"the best evaluation was at step {best:,} ({figure}); trainer.load_best() takes its weights")
+        if (hint := trainer.how_to_go_on()) is not None:
+            self.print(hint)
 
     def _tell_events(self, trainer) -> None:
         events = trainer.history.events

@@ -132,9 +132,9 @@ def save_checkpoint(
             for group, tensors in groups.items():
                 name = f"{group}.safetensors"
                 files[name] = _write_group(staging / name, tensors, aliases[group])
-                _crash_point(f"after-{group}")
+                crash_point(f"after-{group}")
             files[STATE] = _write_file(staging / STATE, encoded_state)
-            _crash_point("before-manifest")
+            crash_point("before-manifest")
             manifest = {
                 "format": FORMAT,
                 "step": step,
@@ -147,15 +147,15 @@ def save_checkpoint(
             }
             sealed = manifest | {"seal": seal(manifest)}
             _write_file(staging / MANIFEST, json.dumps(sealed, indent=1).encode())
-            _sync_folder(staging)
-            _crash_point("before-rename")
+            sync_folder(staging)
+            crash_point("before-rename")
             # A folder cannot be renamed onto another, and moving the old one away first would leave a moment
             # without either. So a step that was saved before gets a second name; nothing is read from names.
             path = free_path(root, f"step-{step:08d}")
             os.rename(staging, path)
-        _crash_point("after-rename")
-        _sync_folder(root)
-        _sync_folder(root.parent)
+        crash_point("after-rename")
+        sync_folder(root)
+        sync_folder(root.parent)
         info = replace(inspect_checkpoint(path, verify=False), verified=True)  # hashed a moment ago
     except CheckpointError:
         raise
@@ -180,7 +180,7 @@ def remove_leftovers(run_folder: str | os.PathLike[str]) -> list[Path]:
         if not path.name.startswith((".tmp-", ".del-")):
             continue
         try:
-            with _held(path):
+            with held(path):
                 shutil.rmtree(path)
             removed.append(path)
         except OSError:  # a living process writes it, or it cannot be removed: the forecast sees its space
@@ -271,7 +271,7 @@ def _staging_folder(root: Path, step: int) -> Iterator[Path]:
     """A new folder, gone again if the block fails in any way (an interrupt too)."""
     staging = root / f".tmp-{step:08d}-{os.getpid()}"
     staging.mkdir()
-    with _held(staging):
+    with held(staging):
         try:
             yield staging
         except BaseException:
@@ -280,7 +280,7 @@ def _staging_folder(root: Path, step: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Iterator[None]:
     """Hold the kernel's lock on a folder. Unlike a process id it ends with its process and is not reused.
 
     Raises BlockingIOError when another one holds it; does nothing where there are no such locks.
@@ -328,7 +328,7 @@ def _settle(path: Path) -> StoredFile:
         return StoredFile(os.fstat(file.fileno()).st_size, sha256)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Force the names in a folder onto the disk."""
     if os.name == "nt":  # folders cannot be opened there
         return
@@ -361,7 +361,7 @@ def _delete_superfluous(root: Path, written: CheckpointInfo, keep: int) -> None:
         if info.path not in kept:
             doomed = free_path(root, f".del-{info.path.name}")  # from now on nobody takes it for a checkpoint
             os.rename(info.path, doomed)
-            _crash_point("during-cleanup")
+            crash_point("during-cleanup")
             shutil.rmtree(doomed)
 
 
@@ -381,10 +381,10 @@ def _error_number(error: Exception) -> int:
     return getattr(error, "errno", None) or (int(in_text[1]) if in_text else errno.EIO)
 
 
-def _crash_point(name: str) -> None:
+def crash_point(name: str) -> None:
     """The reliability tests' hook: dies here, as by SIGKILL, if the variable KD_KIT_CRASH_AT says so.
 
-    Names: after-<group>, before-manifest, before-rename, after-rename, during-cleanup.
+    Names here: after-<group>, before-manifest, before-rename, after-rename, during-cleanup.
     """
     if os.environ.get("KD_KIT_CRASH_AT") == name:
         os._exit(137)

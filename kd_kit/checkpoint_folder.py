@@ -34,6 +34,7 @@ STATE = "state.json"
 JSON_LIMIT = 64 * 2**20  # bytes; a larger JSON file is refused unread
 GROUP_FILE = re.compile(r"([a-z][a-z0-9_]*)\.safetensors")
 _STEP_FOLDER = re.compile(r"step-\d{8,}(-\d+)?")
+_FINGERPRINTS = {"tokenizers", "data", "start"}  # settings that tell people nothing
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -82,14 +83,29 @@ class CheckpointInfo:
         return sum(file.size for file in self.files.values())
 
     def _facts(self) -> dict[str, str]:
+        name, settings = self._run()
         return {
             "step": f"{self.step}, save {self.save_number}{', best so far' if self.best else ''}",
-            "run": self.run_id,
+            "run": f"{name} ({self.run_id})" if name else self.run_id,
             "written": self.written_at,
             "verified": "every file's sha256" if self.verified else "sizes only",
             **{name: f"{f.size:,} bytes, sha256 {f.sha256[:12]}" for name, f in self.files.items()},
             "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            **settings,
         }
+
+    def _run(self) -> tuple[str, dict[str, str]]:
+        """Name and main settings of its run, as the state has them now; nothing where it has none to show."""
+        try:
+            run = read_state(self).get("run")
+        except (OSError, KeyError):
+            return "", {}
+        if not isinstance(run, dict):
+            return "", {}
+        config = run.get("config") if isinstance(run.get("config"), dict) else {}
+        plain = {key: config[key] for key in sorted(config) if isinstance(config[key], str | int | float | list)}
+        shown = itertools.islice((key for key in plain if key not in _FINGERPRINTS), 40)
+        return _line(run.get("name") or ""), {_line(f"set {key}"): _line(plain[key]) for key in shown}
 
     def __repr__(self) -> str:
         facts = self._facts()
@@ -105,16 +121,25 @@ class CheckpointInfo:
 
 
 class Refusal(NamedTuple):
-    """A folder that the search for a checkpoint passed over, and why, in words."""
+    """What the search for a checkpoint passed over, and why, in words.
 
-    path: Path
+    ``path`` is its folder; text where it lies at an address and in no folder of this machine.
+    """
+
+    path: Path | str
     reason: str
 
 
-def refusal_table(refusals: Sequence[Refusal]) -> str:
-    """One line of plain text per refused checkpoint, name and reason; empty when there are none."""
-    width = max((len(path.name) for path, _ in refusals), default=0)
-    return "\n".join(f"{path.name:<{width}}  {reason}" for path, reason in refusals)
+def refusal_table(refusals: Sequence[Refusal], *, whole_paths: bool = False) -> str:
+    """One line of plain text per refused checkpoint, name and reason; empty when there are none.
+
+    Args:
+        whole_paths: tell where it lies instead of its name alone.
+    """
+    places = [path.name if isinstance(path, Path) and not whole_paths else str(path) for path, _ in refusals]
+    width = max(map(len, places), default=0)
+    lines = (f"{place:<{width}}  {reason}" for place, (_, reason) in zip(places, refusals, strict=True))
+    return "\n".join(lines)
 
 
 def find_checkpoint(
@@ -133,7 +158,7 @@ def find_checkpoint(
         try:
             candidates.append(_read_manifest(path))
         except OSError as error:
-            refusals.append(_refuse(path, error))
+            refusals.append(refuse(path, error))
     for info in sorted(candidates, key=lambda info: (info.step, info.save_number), reverse=True):
         if run_id is not None and info.run_id != run_id:
             refusals.append(Refusal(info.path, f"expected run {run_id!r}, got {info.run_id!r}"))
@@ -142,7 +167,7 @@ def find_checkpoint(
             _check_files(info)
             _check_hashes(info)
         except OSError as error:
-            refusals.append(_refuse(info.path, error))
+            refusals.append(refuse(info.path, error))
             continue
         return replace(info, verified=True), refusals
     return None, refusals
@@ -180,7 +205,32 @@ def load_checkpoint(info: CheckpointInfo) -> tuple[dict[str, dict[str, Tensor]],
     for name in info.files:
         if match := GROUP_FILE.fullmatch(name):
             groups[match[1]] = _read_group(info.path / name)
-    return groups, _read_json(info.path / STATE)
+    return groups, read_json(info.path / STATE)
+
+
+def read_state(info: CheckpointInfo) -> dict[str, Any]:
+    """A checkpoint's state alone, believed only if it has the hash that its manifest seals.
+
+    Raises:
+        DamagedCheckpoint: it has another, or is no JSON.
+        OSError: it cannot be read.
+    """
+    path = info.path / STATE
+    content = _read_limited(path)
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != info.files[STATE].sha256:
+        raise DamagedCheckpoint(f"{STATE}: expected sha256 {info.files[STATE].sha256[:12]}, got {sha256[:12]}")
+    return _parsed(path, content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a plain file of limited size.
+
+    Raises:
+        DamagedCheckpoint: it is missing, no plain file, too large, no JSON, or no object.
+        OSError: it cannot be read.
+    """
+    return _parsed(path, _read_limited(path))
 
 
 def seal(manifest: Mapping[str, Any]) -> str:
@@ -205,10 +255,17 @@ def free_path(folder: Path, name: str) -> Path:
     return next(path for path in paths if not os.path.lexists(path))
 
 
+def _line(value: Any) -> str:
+    """A value from a file as at most 80 characters of one line."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _read_manifest(path: Path) -> CheckpointInfo:
     if path.is_symlink() or not path.is_dir():
         raise CheckpointError("expected a folder, got a link or a file")
-    manifest = _read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST)
     if manifest.pop("seal", None) != seal(manifest):
         raise DamagedCheckpoint(f"{MANIFEST}: expected the content that was sealed, got another")
     if manifest.pop("format", None) != FORMAT:
@@ -259,17 +316,21 @@ def _file_size(path: Path) -> int:
     return status.st_size
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_limited(path: Path) -> bytes:
     size = _file_size(path)
     if size > JSON_LIMIT:
         raise DamagedCheckpoint(f"{path.name}: expected at most {JSON_LIMIT} bytes, got {size}")
+    return path.read_bytes()
+
+
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path.name}: expected JSON, got {type(error).__name__}: {error}") from error
-    if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{path.name}: expected a JSON object, got {type(content).__name__}")
-    return content
+    if not isinstance(parsed, dict):
+        raise DamagedCheckpoint(f"{path.name}: expected a JSON object, got {type(parsed).__name__}")
+    return parsed
 
 
 def _read_group(path: Path) -> dict[str, Tensor]:
@@ -282,7 +343,8 @@ def _read_group(path: Path) -> dict[str, Tensor]:
         raise DamagedCheckpoint(f"{path.name}: expected named tensors, got {error!r}") from error
 
 
-def _refuse(path: Path, error: OSError) -> Refusal:
+def refuse(path: Path, error: OSError) -> Refusal:
+    """The refusal that an error means; what is damaged is put in quarantine, where its folder can be written."""
     if not isinstance(error, DamagedCheckpoint):
         return Refusal(path, str(error))
     try:

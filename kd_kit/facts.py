@@ -86,10 +86,3 @@ def gigabytes(size: int) -> str:
 def seconds(time: float) -> str:
     """How long a step takes."""
     return f"{time:.1f} s" if time >= 10 else f"{time:.2f} s" if time >= 0.1 else f"{1e3 * time:.0f} ms"
-
-
-def span(time: float) -> str:
-    """How long many steps take."""
-    if time < 100:
-        return f"{time:.0f} s"
-    return f"{time / 60:.0f} min" if time < 6000 else f"{time / 3600:.1f} h"

@@ -3,12 +3,14 @@
 The trainer appends; figures, tables, early stopping and the dashboard only read. Five kinds of record:
 
     run        run_id, total_steps, terms {name: unit, healthy [lo, hi], impossible_below, impossible_above}
-    train      step, epoch, tokens, seconds, total, lr, grad_norm, loss_scale, tokens_per_second, seconds_left, ...,
+    train      step, epoch, batches (their positions in the run's order), tokens, seconds, total, lr, grad_norm,
+               loss_scale, tokens_per_second, seconds_left, ...,
                terms {name: value, verdict, weight, contribution, share, count, extras}; where gradients were compared,
                also grad_norm, grad_share and cosine (with lm) of every term, and gradients {at, terms, cosines}
     eval       step, bits_per_byte (of the student, held out), seconds
     reference  name ("teacher"), bits_per_byte
-    event      step, what (resumed, stopped, saved, stage, changed, rests, alarm, cleared), text; key of an alarm
+    event      step, what (resumed, stopped, saved, plan, stage, changed, rests, mirrored, alarm, cleared), text; key
+               of an alarm
 """
 
 from __future__ import annotations

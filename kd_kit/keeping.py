@@ -6,18 +6,62 @@ import contextlib
 import copy
 import json
 import math
-import time
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
 
 from safetensors import SafetensorError
 
 from kd_kit import checkpoint
-from kd_kit.run_lock import lock_run
+from kd_kit.cursor import Cursor
+from kd_kit.resume_search import find_run
+from kd_kit.run_config import refuse_other_run
+from kd_kit.run_lock import RunLocked, lock_run
 from kd_kit.student_weights import is_owned, load_weights, mark_stepped, save_weights, weights_about
+from kd_kit.table import span
 from kd_kit.tensor_tree import capture_rng, flatten_optimizer, restore_rng, unflatten_optimizer
+
+START = "initial.safetensors"
+"""The student before its first step."""
+
+LAST = "last.safetensors"
+"""Weights alone, where the disk had no room for a checkpoint."""
 
 
 class Keeping:
     """The half of a :class:`kd_kit.trainer.Trainer` that knows its folder."""
+
+    def _bring_here(self, config: dict) -> None:
+        """Find the run's newest checkpoint wherever it may lie, and bring it into the run folder."""
+        session = self.session
+        if session.lone:
+            return
+        place = session.place()
+        try:
+            with self._locked():
+                found = find_run(
+                    session.folder,
+                    session.name,
+                    lambda before: refuse_other_run(session.folder, before, config),
+                    given=session.resume_from,
+                    inputs=session.inputs,
+                    place=place,
+                )
+        except RunLocked:
+            if session.resume_from is not None:
+                raise
+            return  # a living process trains here, which fit() says; the newest is what that one has
+        if place is not None and found.origin == "new" and any(path == place.address for path, _ in found.refusals):
+            print(found)
+            raise checkpoint.CheckpointError(
+                f"build_trainer: expected to see whether {place.address} holds this run, got no answer (above); a new "
+                "run would begin from nothing: try again, repair the address or its token, or leave mirror= out"
+            )
+        # what lies here and is another run's, or of another format, is said by those who read it
+        here = [r for r in found.refusals if isinstance(r.path, Path) and r.path.parent.parent == session.folder]
+        news = [r for r in found.refusals if r not in here or not r.path.exists()]
+        if found.adopted_from is not None or news or found.stopped_looking:
+            print(replace(found, refusals=news))
 
     def resume(self) -> bool:
         """Load the newest good checkpoint of the run folder, once per trainer; True if there was one.
@@ -48,6 +92,10 @@ class Keeping:
         return found
 
     def _resume(self) -> bool:
+        checkpoint.remove_leftovers(self.session.folder)
+        for path in self.session.folder.glob(".*.tmp"):  # half-written by a process that was killed: the lock is ours
+            with contextlib.suppress(OSError):
+                path.unlink()
         info, refusals = checkpoint.find_checkpoint(self.session.folder, run_id=self.run_id)
         if refusals:
             print(checkpoint.refusal_table(refusals))
@@ -71,7 +119,9 @@ class Keeping:
         self._find_best()
         self._log = self._new_log()
         self._record_run()
-        text = f"from {info.path.name}, {self.seconds:.0f} s of training so far"
+        text = f"from {info.path.name}, {span(self.seconds)} of training so far"
+        if (was := info.versions.get("torch")) not in (None, now := metadata.version("torch")):
+            text += f"; it was written with torch {was}, this is {now}: the same run, though not to the last bit"
         self.history.append({"kind": "event", "step": self.step, "what": "resumed", "text": text})
         return True
 
@@ -94,7 +144,7 @@ class Keeping:
             return self._save()
 
     def _save(self) -> checkpoint.CheckpointInfo:
-        started = time.monotonic()
+        started = self.session.now()
         self._flush()
         groups, state = self._state()
         self.save_number += 1
@@ -108,19 +158,40 @@ class Keeping:
             run_id=self.run_id,
             best=self.step == self.best_step,
         )
-        self._last_save = time.monotonic()
+        self._last_save = self.session.now()
         self._save_seconds = self._last_save - started
+        with contextlib.suppress(OSError):
+            (self.session.folder / LAST).unlink(missing_ok=True)
+        if self._mirror is not None:
+            self._mirror.take(info)
         self.history.append({"kind": "event", "step": self.step, "what": "saved", "text": info.path.name})
         self._tell("on_save")
         return info
 
     def _save_or_warn(self) -> None:
-        """A save in mid-run: a disk that refuses it now may take it later, so the run goes on and says so."""
+        """A save in mid-run: a disk that refuses it now may take it later, so the run goes on and says so.
+
+        Then at least the weights are written, a third of a checkpoint: good for evaluation and export.
+        """
         try:
             self.save()
         except checkpoint.CheckpointError as error:
-            self._last_save = time.monotonic()
+            self._last_save = self.session.now()
+            self._event("alarm", f"not saved: {error}; {self._save_weights_alone()}")
+        except ValueError as error:  # the state itself is not finite
+            self._last_save = self.session.now()
             self._event("alarm", f"not saved: {error}")
+            if self._loop is None:
+                raise
+            self._go_back("the state is not finite", [[self.cursor.position - 1]])
+
+    def _save_weights_alone(self) -> str:
+        """Where there is no room for a checkpoint. Returns what became of it, in words."""
+        try:
+            save_weights(self.student, self.session.folder / LAST, step=self.step)
+        except (OSError, SafetensorError) as error:
+            return f"nor were the weights alone: {error}"
+        return f"the weights alone are in {LAST}, where kd.load_weights(student, path) reads them"
 
     def _keep_best(self) -> None:
         """Write the weights that scored best; a disk that refuses them costs these weights and not the run."""
@@ -171,7 +242,14 @@ class Keeping:
         return student
 
     def _load_start(self, student) -> None:
-        load_weights(student, self.session.folder / "initial.safetensors")
+        path = self.session.folder / START
+        if not path.exists():
+            raise ValueError(
+                f"Trainer: expected the student's weights before its first step in {str(path)!r}, got no such file; "
+                "the run was gone on from a checkpoint alone, with a student of another start: build the student as "
+                "the first session did"
+            )
+        load_weights(student, path)
         mark_stepped(student, False)
 
     def _state(self) -> tuple[dict, dict]:
@@ -189,12 +267,20 @@ class Keeping:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "step_seconds": self._pace(),
+            "longest_pause": self._longest_pause,
             "skipped_steps": self.skipped_steps,
             "best": self.best,
             "best_step": self.best_step,
             "decay_from": self.decay_from,
             "stopped_early": self.stopped_early,
             "gradient_norms": dict(self._norms),
+            "cursor": self.cursor.to_json(),
+            "returns": self.returns,
+            "failed_at": self.failed_at,
+            "micro_batch": [self.session.machine, self.micro_batch],
+            "evaluations": [[step, bits] for step, bits in zip(*self.history.evaluations(), strict=True)],
+            "run": {"name": self.session.name, "config": self._config},
             "optimizer": optim_state,
             "rng": rng_state,
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -213,21 +299,30 @@ class Keeping:
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        if not self._step_seconds:
+            self._step_seconds.append(state["step_seconds"])
+        self._longest_pause = max(self._longest_pause, state["longest_pause"])
         self.skipped_steps, self.save_number = state["skipped_steps"], state["save_number"]
         self.best, self.best_step = state["best"], state["best_step"]
-        self.decay_from = state.get("decay_from")
-        self.stopped_early = state.get("stopped_early", False)
-        self._norms = dict(state.get("gradient_norms", {}))
+        self.decay_from = state["decay_from"]
+        self.stopped_early = state["stopped_early"]
+        self._norms = dict(state["gradient_norms"])
+        self.cursor = Cursor.from_json(state["cursor"])
+        self.returns, self.failed_at = state["returns"], state["failed_at"]
+        machine, micro_batch = state["micro_batch"]
+        if machine == self.session.machine:  # another one may have more memory, and finds out by itself
+            self.micro_batch = micro_batch
         mark_stepped(self.student, self.step > 0)
 
     def _write_run(self) -> None:
         """RUN.json, and with a new run the student's start."""
         folder = self.session.folder
         path = folder / "RUN.json"
-        text = json.dumps({"run_id": self.run_id, "config": self._config}, indent=1)
+        content = {"run_id": self.run_id, "name": self.session.name, "config": self._config}
+        text = json.dumps(content, indent=1)
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            save_weights(self.student, folder / "initial.safetensors")
+            save_weights(self.student, folder / START)
         elif path.read_text() == text:
             return
         beside = folder / "RUN.json.tmp"

@@ -57,23 +57,36 @@ def lock_run(run_folder: str | os.PathLike[str]) -> RunLock:
 
     Raises:
         RunLocked: another living process has it.
+        OSError: the folder cannot be written.
     """
     folder = Path(run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "LOCK"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = _take(path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"lock_run: expected to write {path}, got {error.strerror or error}; make room, or make it writable",
+        ) from error
+    return RunLock(path, owner)
+
+
+def _take(path: Path) -> dict[str, Any]:
+    """Write this process into the lock file; returns what was written."""
     with _opened(path) as descriptor:
         found = _read_owner(descriptor)
         owner = _process(os.getpid())
         if found and not _is_same_process(found, owner) and _is_alive(found):
             raise RunLocked(
-                f"lock_run: expected {folder} to be free, got the living process {found['pid']} that has it "
+                f"lock_run: expected {path.parent} to be free, got the living process {found['pid']} that has it "
                 f"since {found.get('since')}; stop that one (shut its kernel down) or use another folder"
             )
         owner |= {"host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         os.fsync(descriptor)
-    return RunLock(path, owner)
+    return owner
 
 
 @contextmanager

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
+from kd_kit.mirror_places import open_place
+
 KAGGLE_WORKING = Path("/kaggle/working")
+KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_HOURS = 11.0
 """Kaggle kills a GPU session after 12 hours and drops its output: stop an hour before."""
 
@@ -56,10 +59,33 @@ class Session:
         device: where the student trains.
         precision: "no", "fp16" or "bf16".
         budget: seconds this session may last, counted from the start of the process; None for no limit.
+        name: of the run.
+        mirror: address that the newest checkpoint is copied to; None for no copies.
+        resume_from: where the user says that the run is to be gone on from. inputs: folders that are looked through
+            for it, too.
+        lone: the run is in its folder and nowhere else, and is not looked for.
     """
 
-    def __init__(self, folder: Path, *, device, precision: str, budget: float | None = None, clock=time.monotonic):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device,
+        precision: str,
+        budget: float | None = None,
+        clock=time.monotonic,
+        name: str | None = None,
+        mirror: str | None = None,
+        resume_from: Path | None = None,
+        inputs: tuple[Path, ...] = (),
+        lone: bool = False,
+    ):
         self.folder = folder
+        self.name = name or folder.name
+        self.mirror = mirror
+        self.resume_from = resume_from
+        self.inputs = inputs
+        self.lone = lone
         self.device = torch.device(device)
         self.precision = precision
         self.budget = budget
@@ -88,13 +114,29 @@ class Session:
             )
         return accelerator
 
-    def within(self, name: str) -> Session:
-        """A session for a run inside this one's folder, on the same machine and clock."""
+    def within(self, name: str, *, lasting: bool = False) -> Session:
+        """A session for a run inside this one's folder, on the same machine and clock.
+
+        Args:
+            lasting: it is copied to the mirror and looked for as this one is.
+        """
         inner = Session(
-            self.folder / name, device=self.device, precision=self.precision, budget=self.budget, clock=self._clock
+            self.folder / name,
+            device=self.device,
+            precision=self.precision,
+            budget=self.budget,
+            clock=self._clock,
+            name=f"{self.name}/{name}",
+            mirror=self.mirror if lasting else None,
+            inputs=self.inputs if lasting else (),
+            lone=not lasting,
         )
         inner._started = self._started
         return inner
+
+    def now(self) -> float:
+        """Seconds on this session's clock, from some moment on; for differences."""
+        return self._clock()
 
     def elapsed(self) -> float:
         """Seconds since the process started."""
@@ -103,6 +145,18 @@ class Session:
     def remaining(self) -> float:
         """Seconds left of the budget; infinity without one."""
         return float("inf") if self.budget is None else self.budget - self.elapsed()
+
+    @property
+    def machine(self) -> str:
+        """The device's kind and memory, the same in every session on such a one."""
+        if self.device.type == "cuda":
+            card = torch.cuda.get_device_properties(self.device)
+            return f"{card.name}, {card.total_memory / 2**30:.0f} GiB"
+        return f"{self.device.type}, {platform.machine()}"
+
+    def place(self):
+        """Where the run's copies are, see :func:`kd_kit.mirror_places.open_place`; None without a mirror."""
+        return None if self.mirror is None else open_place(self.mirror, self.name)
 
     def __repr__(self) -> str:
         if self.device.type == "cuda":
@@ -125,7 +179,8 @@ class Session:
             f"precision  {precision.get(self.precision, self.precision)}\n"
             f"folder     {shown(self.folder)} ({state}; {free:.0f} GiB free)\n"
             f"clock      {clock}\n"
-            f"versions   python {platform.python_version()}, torch {torch.__version__}, "
+            + ("" if self.mirror is None else f"mirror     {self.mirror}\n")
+            + f"versions   python {platform.python_version()}, torch {torch.__version__}, "
             + ", ".join(f"{n} {v}" for n, v in _versions(("transformers", "accelerate", "datasets")).items())
         )
 
@@ -148,6 +203,8 @@ def build_session(
     hours: float | None = None,
     folder: str | os.PathLike | None = None,
     precision: str | None = None,
+    mirror: str | os.PathLike | None = None,
+    resume_from: str | os.PathLike | None = None,
 ) -> Session:
     """Look at the machine, choose precision and run folder, start the clock. Safe to call again in the same process.
 
@@ -157,9 +214,16 @@ def build_session(
             no limit elsewhere.
         folder: where runs are kept; ``kd_runs`` here, or below /kaggle/working.
         precision: "no", "fp16" or "bf16"; chosen by the card if left out.
+        mirror: where the newest checkpoint is copied to while the run trains, for machines that are lost with all
+            their files: ``"hf://datasets/me/my-run"`` (a private repository of the Hugging Face hub; token in
+            HF_TOKEN, also as a Kaggle Secret), ``"kaggle://me/my-run"`` (a private Kaggle data set), a folder, or any
+            address of fsspec. A new session looks there, too.
+        resume_from: a run folder, a checkpoint, or a folder above one, to go on from. Left out: the run folder, then
+            everything below /kaggle/input, then the mirror; the checkpoint of the highest step wins.
 
     Raises:
-        ValueError: hours that are not positive, an unknown precision, or a folder that cannot be written.
+        ValueError: hours that are not positive, an unknown precision, a folder that cannot be written, a path that
+            does not exist, or a mirror that cannot be used.
     """
     if hours is not None and not hours > 0:
         raise ValueError(f"build_session: expected hours above 0, got {hours}")
@@ -168,11 +232,26 @@ def build_session(
     root = Path(folder) if folder is not None else (KAGGLE_WORKING if on_kaggle() else Path.cwd()) / "kd_runs"
     path = root / run
     check_writable(path)
+    if resume_from is not None and not Path(resume_from).is_dir():
+        raise ValueError(
+            f"build_session: expected resume_from= as a folder that exists, got {str(resume_from)!r}; pass a run "
+            "folder, a checkpoint, or a folder above one"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = precision or default_precision(device)
     if chosen not in ("no", "fp16", "bf16"):
         raise ValueError(f"build_session: expected precision 'no', 'fp16' or 'bf16', got {precision!r}")
-    session = Session(path, device=device, precision=chosen, budget=None if hours is None else hours * 3600)
+    session = Session(
+        path,
+        device=device,
+        precision=chosen,
+        budget=None if hours is None else hours * 3600,
+        name=run,
+        mirror=None if mirror is None else os.fspath(mirror),
+        resume_from=None if resume_from is None else Path(resume_from),
+        inputs=(KAGGLE_INPUT,) if KAGGLE_INPUT.is_dir() else (),
+    )
+    session.place()  # what cannot be reached shows now
     session.engine()  # what accelerate cannot do on this machine shows now
     return session
 

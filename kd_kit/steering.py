@@ -9,14 +9,18 @@ from __future__ import annotations
 import atexit
 import math
 import signal
+import statistics
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 
 from kd_kit.controls import Controls
+from kd_kit.forecast import forecast, how_to_go_on
 from kd_kit.session import StopRequests
+from kd_kit.table import short
 
 
 def _end_with_the_program(about: weakref.ref[Steering]) -> None:
@@ -34,6 +38,14 @@ def _end_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
+SLOW_DISK = 100e6
+"""Bytes per second that a save is expected to write before one has been measured."""
+
+
+COPY_PATIENCE = 120.0
+"""Seconds that the end of a run waits for its copy off the machine, or longer where copies take longer."""
+
+
 class Steering:
     """The half of a :class:`kd_kit.trainer.Trainer` that its user steers it by."""
 
@@ -43,6 +55,8 @@ class Steering:
         self._loop: threading.Thread | None = None  # the one that trains now
         self._background: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._first_step = 0  # of this session
+        self._step_seconds: deque[float] = deque(maxlen=50)
         self._longest_pause = 0.0  # seconds that evaluation and saving took after one step, at most
 
     def fit(self, steps: int | None = None, *, background: bool = False) -> str:
@@ -240,8 +254,60 @@ class Steering:
             self._begin_decay()
 
     def _margin(self) -> float:
-        """Seconds to keep for a step, its evaluation and the saves behind it."""
-        return 30 + 2 * self.seconds / max(self.step, 1) + 2 * self._longest_pause
+        """Seconds to keep for a step, its evaluation, the save behind it, a second try, and the copy of that."""
+        spare = 30 if self.session.budget is None else min(30, self.session.budget / 20)
+        saving = self._save_seconds or self._state_bytes() / SLOW_DISK
+        pause = max(self._longest_pause, self._eval_seconds + saving)
+        copying = self._mirror.last_seconds if self._mirror is not None else 0.0
+        return spare + 2 * self._pace() + 2 * pause + copying
+
+    def _pace(self) -> float:
+        """Seconds of a step, of late. A median: a machine that slept for hours in one of them says nothing."""
+        return statistics.median(self._step_seconds) if self._step_seconds else 0.0
+
+    def _state_bytes(self) -> int:
+        """Of a checkpoint, about: weights, and two numbers of the optimizer for each that is trained."""
+        return sum(p.nbytes + 8 * p.numel() * p.requires_grad for p in self.module.parameters())
+
+    def _tell_forecast(self) -> None:
+        """How long the rest takes and how many sessions that is, once a step's time is known."""
+        if not self.step or self.step >= self.total_steps:
+            return
+        left = self.total_steps - self.step
+        each = self._pace() + self._eval_seconds / self.settings["eval_every"]
+        to_go = left * each + self._save_seconds
+        if to_go < min(60, self.session.remaining() - self._margin()):
+            return  # over in a moment
+        text = forecast(self.session, to_go=to_go, reserve=self._margin(), lead=self._lead)
+        self._event("plan", f"{text}, at {short(self._pace())} s per step")
+
+    def how_to_go_on(self) -> str | None:
+        """What to do next for a run that is not at its end; None for one that is."""
+        if self.step >= self.total_steps or self.stopped_early:
+            return None
+        return how_to_go_on(self.session)
+
+    # --- copies off the machine ---------------------------------------------------------------------------------
+
+    def _tell_of_copies(self) -> None:
+        """What happened to copies in the background, into the history."""
+        for what, text in self._mirror.news() if self._mirror is not None else ():
+            self._event(what, text)
+
+    def _flush_copies(self, *, hurry: bool) -> None:
+        """Behind the last save: wait for its copy, as long as the session allows.
+
+        Args:
+            hurry: the program was asked to end, and is killed soon.
+        """
+        if self._mirror is None:
+            return
+        patience = 10.0 if hurry else max(COPY_PATIENCE, 4 * self._mirror.last_seconds)
+        try:
+            self._mirror.flush(max(0.0, min(patience, self.session.remaining() - 5)))
+        except KeyboardInterrupt:  # all is saved here; only the copy is older
+            self._event("alarm", f"interrupted: the copy in {self.session.mirror} may be of an older step")
+        self._tell_of_copies()
 
     def _time_is_over(self) -> bool:
         """Whether another step, with evaluation and saves, might not fit into what is left of the session."""
@@ -252,7 +318,7 @@ class Steering:
         left = self.session.remaining() - self._margin()
         if math.isinf(left) or self.decay_from is not None or not self.step:
             return False
-        seconds = 1.1 * self.seconds / self.step
+        seconds = 1.1 * self._pace()
         falling = self.lr_schedule.decay_steps(self.planned_steps)
         until = self.planned_steps - falling - self.step
         return until > 0 and left <= (falling + 1) * seconds < (until + falling) * seconds

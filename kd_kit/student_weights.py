@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -54,11 +54,31 @@ def save_weights(student: nn.Module, path: Path, **about) -> None:
         beside.unlink(missing_ok=True)
 
 
-def load_weights(student: nn.Module, path: Path) -> dict[str, str]:
-    """Give a student the weights in a file. Returns what was written about them."""
-    student.load_state_dict(load_file(path), strict=False)
+def load_weights(student: nn.Module, path: str | os.PathLike) -> dict[str, str]:
+    """Give a student the weights in a file of a run: best.safetensors, last.safetensors or initial.safetensors.
+
+    Returns:
+        what was written about them, such as the step they are of.
+
+    Raises:
+        ValueError: the file does not exist, is damaged, or holds the weights of another model.
+    """
+    try:
+        found = load_file(path)
+        about = weights_about(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"load_weights: expected weights in {str(path)!r}, got {error}") from error
+    shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
+    wrong = [name for name, tensor in found.items() if shapes.get(name) != tensor.shape]
+    wrong += [name for name in _untied(student) if name not in found]
+    if wrong:
+        raise ValueError(
+            f"load_weights: expected the weights of this student in {str(path)!r}, got others: {', '.join(wrong[:3])} "
+            "differ; build the student that the run trains"
+        )
+    student.load_state_dict(found, strict=False)
     student.tie_weights()
-    return weights_about(path)
+    return about
 
 
 def weights_about(path: Path) -> dict[str, str]:

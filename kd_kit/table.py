@@ -75,3 +75,10 @@ def plain(value: float) -> str:
     if not math.isfinite(value) or value == 0 or 0.00995 <= size < 1000:
         return f"{value:.4g}"
     return f"{value:,.0f}" if 1000 <= size < 1e5 else _scientific(value)
+
+
+def span(seconds: float) -> str:
+    """How long something takes: "40 s", "25 min", "3.2 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,25 +23,26 @@ class StepResult:
 
     Attributes:
         counts: positions of every term. predicted, aligned, taught: positions of the batches.
-        skipped: the step was not taken, since its gradient was not finite.
+        norm, loss_scale, skipped: of the second half; skipped says that the step was not taken, since its gradient was
+            not finite.
     """
 
     counts: list[int]
     sums: Tensor
-    norm: Tensor
     extras: dict[str, Tensor]
     tail: Tensor | None
     tail_rows: int
-    loss_scale: Tensor | None
     gradients: Tensor | None
     gradient_counts: list[int]
     predicted: int
     aligned: int
     taught: int
-    skipped: bool
+    norm: Tensor | None = None
+    loss_scale: Tensor | None = None
+    skipped: bool = False
 
 
-def train_step(
+def take_gradients(
     accelerator,
     prepared,
     optimizer,
@@ -50,20 +51,16 @@ def train_step(
     module: DistillModule,
     teacher: LiveTeacher | None,
     shares: Mapping[str, float],
-    rate: float,
-    max_grad_norm: float,
     measure: bool,
 ) -> StepResult:
-    """Take one step.
+    """The first half of a step: forward and backward. Changes nothing but gradients, so it can be done again.
 
     Args:
         accelerator: of accelerate. prepared, optimizer: what it made of ``module`` and of the optimizer.
-        shares: of the total, of every term. rate: of the student; the groups' factors come on top.
+        shares: of the total, of every term.
         measure: compare the terms' gradients on the first micro-batch.
     """
     terms, device = module.terms, accelerator.device
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_factor"]
     each = [[term.count(b) for b in batches] for term in terms]  # on the host, where they are made
     counts = [sum(of_term) for of_term in each]
     scales = [shares[t.name] / c if c else 0.0 for t, c in zip(terms, counts, strict=True)]
@@ -86,6 +83,30 @@ def train_step(
             extras[name] = extras[name] + value if name in extras else value
         if reading is not None:
             tail += signal.cells[reading.key].tail.exp().sum()
+    return StepResult(
+        counts=counts,
+        sums=sums,
+        extras=extras,
+        tail=tail if reading else None,
+        tail_rows=sum(ROWS[reading.over](b) for b in batches) if reading else 0,
+        gradients=gradients,
+        gradient_counts=[of_term[0] for of_term in each],
+        predicted=sum(len(b.rows) for b in batches),
+        aligned=sum(len(b.aligned_rows) for b in batches),
+        taught=sum(len(b.taught_rows) for b in batches),
+    )
+
+
+def apply_gradients(
+    accelerator, optimizer, measured: StepResult, *, module: DistillModule, rate: float, max_grad_norm: float
+) -> StepResult:
+    """The second half: clip, and take the step if the gradient is finite. Not to be done again once it has begun.
+
+    Args:
+        rate: of the student; the groups' factors come on top.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_factor"]
     accelerator.unscale_gradients()
     norm = clip_gradients(module, max_grad_norm)
     skipped = accelerator.scaler is None and not math.isfinite(float(norm))
@@ -93,18 +114,5 @@ def train_step(
         optimizer.step()
         skipped = bool(optimizer.step_was_skipped)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(
-        counts=counts,
-        sums=sums,
-        norm=norm,
-        extras=extras,
-        tail=tail if reading else None,
-        tail_rows=sum(ROWS[reading.over](b) for b in batches) if reading else 0,
-        loss_scale=None if accelerator.scaler is None else accelerator.scaler._scale,
-        gradients=gradients,
-        gradient_counts=[of_term[0] for of_term in each],
-        predicted=sum(len(b.rows) for b in batches),
-        aligned=sum(len(b.aligned_rows) for b in batches),
-        taught=sum(len(b.taught_rows) for b in batches),
-        skipped=skipped,
-    )
+    scale = None if accelerator.scaler is None else accelerator.scaler._scale
+    return replace(measured, norm=norm, loss_scale=scale, skipped=skipped)

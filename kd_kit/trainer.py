@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import threading
-import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kd_kit import checkpoint
 from kd_kit.balance import Balance, fixed
 from kd_kit.callbacks import EarlyStopping, PrintLines
+from kd_kit.cursor import Cursor
 from kd_kit.data import DistillData
 from kd_kit.evaluation import score
 from kd_kit.gradients import place_name
 from kd_kit.history import History
-from kd_kit.keeping import Keeping
+from kd_kit.keeping import START, Keeping
 from kd_kit.learning_rate import LearningRate
+from kd_kit.mirror import Mirror
 from kd_kit.module import DistillModule, all_needs, settle_parts
 from kd_kit.optimizer import build_optimizer
+from kd_kit.recovery import Recovery
 from kd_kit.run_config import changed_settings, check_run, refuse_other_run, run_config
 from kd_kit.session import Session, StopRequests, shown
 from kd_kit.stages import Schedule, constant
@@ -36,22 +39,37 @@ from kd_kit.step_log import StepLog
 from kd_kit.student_weights import (
     mark_stepped,
     own,
+    save_weights,
+    start_fingerprint,
     was_stepped,
 )
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, restore_rng
 from kd_kit.terms import LossTerm, lm_term
-from kd_kit.train_step import train_step
+from kd_kit.train_step import StepResult, apply_gradients, take_gradients
 from kd_kit.types import DistillBatch
 
 SETTLING_BATCHES = 16
 """Batches of the run that the parts of the terms look at before its first step."""
 
+SAVE_SECONDS = 600
+"""Between two checkpoints, where the user says nothing else and saving is quick."""
+
+SAVE_SHARE = 40
+"""A save comes no sooner than this many times the seconds that the last one took: 2.5% of the time at most."""
+
+PACE_AFTER = 20
+"""Steps of a session after which it is said how long the run will take."""
+
 RECORD_EVERY = 10
 """Steps between two transfers of what was measured from the device to the host."""
 
-_MAX_SKIPPED = 20  # more than a gradient scaler needs to find its scale
 _RUNNING: weakref.WeakValueDictionary[str, Trainer] = weakref.WeakValueDictionary()  # loops of this process, by folder
+
+
+def save_interval(minutes: float | None, save_seconds: float) -> float:
+    """Seconds between two checkpoints, given what the user wants (None: what suits) and what the last one took."""
+    return max(SAVE_SECONDS, SAVE_SHARE * save_seconds) if minutes is None else 60 * minutes
 
 
 def _refuse_other_parts(before: Sequence[LossTerm], after: Sequence[LossTerm]) -> None:
@@ -80,7 +98,7 @@ def refuse_beside_a_running_one(folder: Path, student) -> None:
         )
 
 
-class Trainer(Keeping, Steering):
+class Trainer(Keeping, Steering, Recovery):
     """A distillation run. Made by :func:`kd_kit.build_trainer`, which explains the arguments.
 
     Attributes:
@@ -89,6 +107,8 @@ class Trainer(Keeping, Steering):
         control_history: of the LM-only control, once it exists.
         best, best_step: the lowest held-out bits per byte so far, and the step it was seen at.
         callbacks: objects with the hooks of :class:`kd_kit.callbacks.Callback`.
+        cursor: where the run stands in its text. micro_batch: windows that go through the models at once; fewer than
+            the data's batch_size once the memory did not suffice.
         stop_reason: None while there is something to do; set it to stop the run after the step.
         decay_from: the step at which the learning rate began to fall before its planned time; None if it did not.
         floor_seconds: of a step at its least possible cost, once :func:`kd_kit.run_preflight` has measured it.
@@ -109,7 +129,8 @@ class Trainer(Keeping, Steering):
         balance: Balance | None = None,
         early_stopping: EarlyStopping | None = None,
     ):
-        super().__init__()
+        Steering.__init__(self)
+        Recovery.__init__(self)
         self.session = session
         self.student = student
         self.teacher = teacher
@@ -127,13 +148,16 @@ class Trainer(Keeping, Steering):
         self._control: History | None = None
         self._control_student = None
         self._holds_lock = False
-        self._last_save = time.monotonic()
-        self._save_seconds = 0.0
+        self._lead = 0.0  # seconds of the session before that
+        self._last_save = self.session.now()
+        self._save_seconds = self._eval_seconds = 0.0
+        self._mirror: Mirror | None = None
         folder = session.folder
         refuse_beside_a_running_one(folder, student)
         self._prepare()
         self._parts_start = copy.deepcopy(self.module.parts.state_dict())
         config = run_config(self)
+        self._bring_here(config)
         found = check_run(folder, config)
         self.history = History(folder / "metrics.jsonl")
         self._log = self._new_log()
@@ -146,6 +170,8 @@ class Trainer(Keeping, Steering):
         self._config = config
         if found is None:
             self._write_run()
+        elif not (folder / START).exists() and start_fingerprint(student) == config["start"]:
+            save_weights(student, folder / START)  # the run was found as a bare checkpoint
         self._owner = object()
         own(student, self._owner)
 
@@ -161,7 +187,10 @@ class Trainer(Keeping, Steering):
         self.decay_from: int | None = None
         self.stopped_early = False
         self._norms: dict[str, float] = {}  # moving averages of the terms' gradient norms
-        self._skipped_in_row = 0
+        self.cursor = Cursor()
+        self.micro_batch = self.data.batch_size
+        self.returns = self.failed_at = 0
+        self._feed = None  # (position, batch) after (position, batch), from the cursor on
         self._resumed = False
         self._holds_best = False
         self._rng: tuple | None = None  # of the run while it is at rest: what other cells draw is not drawn from it
@@ -190,6 +219,8 @@ class Trainer(Keeping, Steering):
                     )
                 self._loop = threading.current_thread()
                 _RUNNING[self._address] = self
+                place = self.session.place()
+                self._mirror = None if place is None else Mirror(place, self.session.folder)
                 try:
                     self._run_to(end, requests)
                 except BaseException as error:
@@ -200,7 +231,7 @@ class Trainer(Keeping, Steering):
                     if isinstance(error, checkpoint.CheckpointError):  # the save behind the last step: all is whole
                         print(
                             f"{self.session.folder.name}: step {self.step:,} is not saved yet, and still here: make "
-                            "room, then trainer.save() or fit()"
+                            f"room, then trainer.save() or fit(); {self._save_weights_alone()}"
                         )
                         raise
                     saved = self._saved_step()
@@ -213,6 +244,9 @@ class Trainer(Keeping, Steering):
                     raise
                 finally:
                     self._loop = None
+                    if self._mirror is not None:
+                        self._mirror.close()
+                        self._mirror = None
                     _RUNNING.pop(self._address, None)
             else:
                 self.stop_reason = "finished" if self.step >= self.total_steps else "paused"
@@ -234,33 +268,48 @@ class Trainer(Keeping, Steering):
         """The loop itself, and the save behind it."""
         self.stopped_early = False
         self._write_run()
-        self.settle()
-        self._reference_scores()
-        self.module.train()
-        self._tell("on_start")
-        every = self.settings["accumulation"]
-        batches = self.data.batches(
-            self.settings["seed"], range(self.step * every, end * every), workers=self.settings["workers"]
-        )
-        self._last_save = time.monotonic()
-        if self._rng is not None:
-            restore_rng(*self._rng)
+        self._begin()
+        self._lead = self._lead or self.session.elapsed()
+        self._tell_forecast()
+        self._last_save = self.session.now()
+        if self._time_is_over():
+            self.stop_reason = "the session's time is over"
         while self.step < min(end, self.total_steps) and self.stop_reason is None:
-            started = time.monotonic()
-            self._train_step([next(batches) for _ in range(every)], started)
-            trained = time.monotonic()
+            started = self.session.now()
+            if self._feed is None:  # at the start, and after going back
+                self._feed = self._new_feed(end)
+            positions, batches = zip(*itertools.islice(self._feed, self.settings["accumulation"]), strict=True)
+            done = self._train_step(batches, started, positions)
+            trained = self.session.now()
             self.seconds += trained - started
-            self._after_step(end)
-            self._longest_pause = max(self._longest_pause, time.monotonic() - trained)
+            self._step_seconds.append(trained - started)
+            if not done.skipped:
+                self._bad.clear()
+            if not done.skipped or not self._went_back(done, batches, list(positions)):
+                self._after_step(end)
+            self._longest_pause = max(self._longest_pause, self.session.now() - trained)
             self._heed(requests)
         self._rng = capture_rng()
+        self._feed = None  # ends the processes that prepare batches
         self._flush()
         self.stop_reason = self.stop_reason or ("finished" if self.step >= self.total_steps else "paused")
         self.history.append({"kind": "event", "step": self.step, "what": "stopped", "text": self.stop_reason})
         self.save()
+        self._flush_copies(hurry=requests.reason == "terminated")
         for what in self.controls.take():  # asked for during the last step's evaluation and save
             {"save": lambda: None, "evaluate": self.evaluate_now, "decay": self._begin_decay}[what]()
         self._tell("on_stop")
+
+    def _begin(self) -> None:
+        """What comes before the first step of a session, and before the first one after going back."""
+        self.settle()
+        self._reference_scores()
+        self.module.train()
+        self._tell("on_start")
+        self._feed = None
+        self._first_step = self.step
+        if self._rng is not None:
+            restore_rng(*self._rng)
 
     def replace_terms(self, terms: Sequence[LossTerm]) -> str:
         """Go on with these terms, bound to the models; see :func:`kd_kit.trainer_builder.change_terms`."""
@@ -346,7 +395,9 @@ class Trainer(Keeping, Steering):
             return self.controls.want("evaluate")
         self.resume()
         self._flush()
+        started = self.session.now()
         result = self._score(self.student)
+        self._eval_seconds = self.session.now() - started
         if self._holds_best:
             return result  # of other weights than those of this step: no part of its history
         if math.isfinite(result) and (self.best is None or result < self.best):
@@ -385,7 +436,7 @@ class Trainer(Keeping, Steering):
             None,
             self.data,
             [lm_term(1.0)],
-            session=self.session.within("control"),
+            session=self.session.within("control", lasting=True),
             total_steps=self.planned_steps,
             settings=self.settings | {"finish_in_session": False},
             schedule=constant(),
@@ -393,6 +444,8 @@ class Trainer(Keeping, Steering):
         )
         control.resume()
         control.decay_from = self.decay_from
+        for first, behind in self.cursor.left_out:
+            control.cursor = control.cursor.without(first, behind)
         control.callbacks = [PrintLines(self.settings["log_every"], prefix="control  ")]
         self._control = control.history
         if control.fit() != "finished":
@@ -430,40 +483,69 @@ class Trainer(Keeping, Steering):
     def settle(self) -> None:
         """Let the parts of the terms see the first batches of the run before its first step: statistics, starts."""
         first = range(min(SETTLING_BATCHES, self.data.batches_per_epoch))
-        batches = self.data.batches(self.settings["seed"], first)
-        with self.accelerator.autocast():
-            settle_parts(self.module, self.teacher, (b.to(self.session.device, non_blocking=True) for b in batches))
 
-    def _train_step(self, batches: list[DistillBatch], started: float) -> None:
+        def work() -> None:
+            pieces = self._pieces(list(self.data.batches(self.settings["seed"], first)))
+            with self.accelerator.autocast():
+                settle_parts(self.module, self.teacher, (b.to(self.session.device, non_blocking=True) for b in pieces))
+
+        if not all(getattr(part, "ready", True) for part in self.module.parts.values()):
+            self.within_memory(work, "statistics before the first step")
+
+    def _new_feed(self, end: int) -> Iterator[tuple[int, DistillBatch]]:
+        """Position and batch, in order, from the cursor to the end of the run."""
+        count = (end - self.step) * self.settings["accumulation"]
+        batches = self.data.batches(
+            self.settings["seed"],
+            self.cursor.upcoming(count),
+            workers=self.settings["workers"],
+            on_trouble=lambda text, path: self._event("alarm", text + (f" (stacks: {path})" if path else "")),
+            dump_folder=self.session.folder / "faults",
+        )
+        return zip(self.cursor.upcoming(count), batches, strict=True)
+
+    def _train_step(self, batches: Sequence[DistillBatch], started: float, positions: Sequence[int]) -> StepResult:
         """Take a step and record it.
 
-        ``started`` is when its batches were asked for, so that a slow loader shows in the speed.
+        Args:
+            started: when its batches were asked for, so that a slow loader shows in the speed.
+            positions: of its batches in the run's order.
         """
         shares, rate = self.shares_at(self.step), self.rate_at(self.step)
         measure = self.step % self.settings["measure_every"] == 0 and len(self.terms) > 1
         mark_stepped(self.student, True)
-        done = train_step(
+        measured = self.within_memory(
+            lambda: take_gradients(
+                self.accelerator,
+                self._prepared,
+                self.optimizer,
+                self._pieces(batches),
+                module=self.module,
+                teacher=self.teacher,
+                shares=shares,
+                measure=measure,
+            ),
+            "training step",
+        )
+        done = apply_gradients(
             self.accelerator,
-            self._prepared,
             self.optimizer,
-            batches,
+            measured,
             module=self.module,
-            teacher=self.teacher,
-            shares=shares,
             rate=rate,
             max_grad_norm=self.settings["max_grad_norm"],
-            measure=measure,
         )
         self.skipped_steps += done.skipped
-        self._skipped_in_row = self._skipped_in_row + 1 if done.skipped else 0
         self.step += 1
+        self.cursor = self.cursor.behind(positions[-1])
         self.tokens += done.predicted
-        seconds = time.monotonic() - started
+        seconds = self.session.now() - started
         left = self.session.remaining()
         record = {
             "kind": "train",
             "step": self.step,
-            "epoch": self.step * len(batches) / self.data.batches_per_epoch,
+            "epoch": self.cursor.position / self.data.batches_per_epoch,
+            "batches": list(positions),
             "tokens": self.tokens,
             "seconds": self.seconds + seconds,
             "lr": {group["name"]: rate * group["rate_factor"] for group in self.optimizer.param_groups},
@@ -478,6 +560,7 @@ class Trainer(Keeping, Steering):
         self._log.add(record, done, shares)
         if measure:  # now, and not when the log is next written: the weights of the next step depend on it
             self._flush()
+        return done
 
     def _flush(self) -> None:
         """Move what the last steps measured to the host and into the history."""
@@ -487,6 +570,7 @@ class Trainer(Keeping, Steering):
                 norms = {name: term["grad_norm"] for name, term in record["terms"].items()}
                 self._norms = self.balance.smoothed(self._norms, norms)
         if records:
+            self._look_for_spikes(records)
             self._tell("on_log")
 
     def _new_log(self) -> StepLog:
@@ -505,19 +589,21 @@ class Trainer(Keeping, Steering):
         """Record, evaluate and save when it is time."""
         if self.step % RECORD_EVERY == 0:
             self._flush()
+            self._tell_of_copies()
+        if self.step - self._first_step == PACE_AFTER:
+            self._tell_forecast()
         for step, text in self._stages():
             if step == self.step:
                 self._event("stage", text)
         if self.step % self.settings["eval_every"] == 0 or self.step == self.total_steps:
             self.evaluate_now()
-        since = time.monotonic() - self._last_save
-        # the best weights are worth a save of their own where that stays a small part of the time
-        best = self.best_step == self.step and since >= 30 * self._save_seconds
-        if self.step < end and (best or since >= self.settings["save_minutes"] * 60):
+        since = self.session.now() - self._last_save
+        # best weights are worth a save of their own where that stays a small part of the time
+        best = self.best_step == self.step and since >= SAVE_SHARE * self._save_seconds
+        # not between steps that fail: what they go back to shall lie before the first of them
+        due = since >= save_interval(self.settings["save_minutes"], self._save_seconds)
+        if self.step < end and not self._bad and (best or due):
             self._save_or_warn()
-        if self._skipped_in_row >= _MAX_SKIPPED:
-            self._flush()
-            self.stop_reason = f"{_MAX_SKIPPED} steps in a row had no finite gradient"
 
     def _stages(self) -> list[tuple[int, str]]:
         """What changes at which step of the run, in words."""
@@ -528,8 +614,12 @@ class Trainer(Keeping, Steering):
 
     def _score(self, model, side: str = "student") -> float:
         # the teacher is always read in its own dtype, as in training
-        with self.accelerator.autocast() if side == "student" else contextlib.nullcontext():
-            return score(model, self.data.held_out, side=side, limit=self.settings["eval_windows"]).bits_per_byte
+        def work() -> float:
+            with self.accelerator.autocast() if side == "student" else contextlib.nullcontext():
+                windows, limit = self.data.held_out, self.settings["eval_windows"]
+                return score(model, windows, side=side, limit=limit, batch_size=self.micro_batch).bits_per_byte
+
+        return self.within_memory(work, "evaluation")
 
     def _reference_scores(self) -> None:
         """The lines to compare with, once per run: the teacher, and the student before its first step."""

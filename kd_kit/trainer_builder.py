@@ -92,7 +92,7 @@ def build_trainer(
     eval_windows: int = 64,
     log_every: int = 100,
     measure_every: int | None = None,
-    save_minutes: float = 10.0,
+    save_minutes: float | None = None,
     workers: int = 0,
 ) -> Trainer:
     """Put a run together and check that it can work, before anything long begins.
@@ -119,7 +119,8 @@ def build_trainer(
         log_every: steps between printed lines. measure_every: steps between two comparisons of the terms' gradients,
             each of which costs about one pass through the student per term; a tenth of the run if left out, at least 10
             and at most 100.
-        save_minutes: between checkpoints; one is always written at the end.
+        save_minutes: between checkpoints. Left out: ten, more where saving takes long, so that it stays below 3% of the
+            time. One is also written at the end, and for a best evaluation where that costs little.
         workers: processes that prepare batches.
 
     Raises:
@@ -139,6 +140,8 @@ def build_trainer(
     for name, value in positive.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"build_trainer: expected {name} of at least 1, a whole number, got {value!r}")
+    if save_minutes is not None and not (isinstance(save_minutes, (int, float)) and save_minutes >= 0):
+        raise ValueError(f"build_trainer: expected save_minutes of at least 0 or None, got {save_minutes!r}")
     if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
         raise ValueError(f"build_trainer: expected a learning_rate above 0, got {learning_rate!r}")
     total = steps if steps is not None else round(epochs * data.batches_per_epoch / accumulation)

@@ -181,9 +181,8 @@ class Trial:
     def _settle(self) -> None:
         self._copy.settle()
         every = self._copy.settings["accumulation"]
-        first = self._copy.step * every
-        places = range(first, first + (_BEFORE_SAVE + 1) * every)
-        found = list(self._copy.data.batches(self._copy.settings["seed"], places))
+        self._places = list(self._copy.cursor.upcoming((_BEFORE_SAVE + 1) * every))
+        found = list(self._copy.data.batches(self._copy.settings["seed"], self._places))
         self._batches = [found[i : i + every] for i in range(0, len(found), every)]
 
     def _look(self) -> None:
@@ -262,7 +261,8 @@ class Trial:
         one = one or self._copy
         step = one.step
         started = self._now()
-        one._train_step(list(self._batches[number]), started)
+        every = one.settings["accumulation"]
+        one._train_step(self._batches[number], started, self._places[number * every : (number + 1) * every])
         self.rates.append((step, [(group["name"], group["lr"]) for group in one.optimizer.param_groups]))
         return self._now() - started
 

@@ -20,13 +20,13 @@ from kd_kit.facts import (
     pulls,
     seconds,
     sentence,
-    span,
 )
+from kd_kit.forecast import sessions_needed
 from kd_kit.history import verdict
 from kd_kit.memory import device_memory, memory_of, process_peak, size_of
 from kd_kit.readings import SortedReading, StrictReading
-from kd_kit.table import plain, short
-from kd_kit.trainer import Trainer
+from kd_kit.table import plain, short, span
+from kd_kit.trainer import Trainer, save_interval
 
 TIMES_FLOOR = 4.0
 """A step over its floor, at most."""
@@ -356,7 +356,8 @@ def time_left(facts: Facts) -> Found:
     windows = min(one.settings["eval_windows"], len(one.data.held_out))
     evaluating = (trial.score_seconds or 0.0) * windows / one.settings["eval_every"]
     per_step = each + compared + evaluating
-    per_step += trial.save_seconds * per_step / max(60 * one.settings["save_minutes"], per_step)
+    between_saves = max(save_interval(one.settings["save_minutes"], trial.save_seconds), per_step)
+    per_step += trial.save_seconds * per_step / between_saves
     steps = max(one.total_steps - one.step, 0)
     needed, left = per_step * steps, one.session.remaining()
     measured = f"{steps:,} steps x {seconds(per_step)} = {span(needed)}"
@@ -378,7 +379,7 @@ def time_left(facts: Facts) -> Found:
             return f"{measured}; ends by itself", OK, ""
         cure = f"not even the decay of {falling:,} steps fits into what is left: steps={fitting:,}, or more hours="
         return measured, LOOK, cure
-    sessions = 1 + math.ceil((needed - usable) / max(one.session.budget - 60, per_step))
+    sessions = sessions_needed(needed, usable, max(one.session.budget - 60, per_step))
     cure = (
         f"it takes {sessions} sessions, and goes on by itself in the next one; to end in this one: "
         f"finish_in_session=True, which starts the rate's decay in time, or steps={fitting:,}"

@@ -204,6 +204,19 @@ def measured(history: History) -> list[dict]:
     return [{key: value for key, value in r.items() if key not in TIMES} for r in kept]
 
 
+def with_scaler(trainer, monkeypatch, scale: float = 2.0**12):
+    """The trainer of a card without bfloat16: its gradients are scaled. Here on the CPU, where nothing overflows."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    accelerator = trainer.accelerator
+    monkeypatch.setattr(type(accelerator), "mixed_precision", property(lambda self: "fp16"))
+    accelerator.native_amp, accelerator.scaler = True, scaler
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    accelerator._optimizers = [trainer.optimizer]
+    return trainer
+
+
 def naive_nats(model, ids: torch.Tensor, targets: torch.Tensor) -> float:
     """Negative log-likelihood of one row's targets from the model's own logits, one position at a time."""
     from kd_kit.types import IGNORE

@@ -104,6 +104,9 @@ class Fake:
         self.stages = dict(stages)
         self.watch = watch and watch(self.history)
 
+    def how_to_go_on(self) -> str | None:
+        return None
+
     def terms(self, step: int) -> dict:
         term = {"value": 2.0, "weight": 0.5, "contribution": 1.0, "count": 100}
         return {"lm": term, "kd": term, "span": term | {"value": None}}

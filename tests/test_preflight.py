@@ -380,8 +380,8 @@ def test_a_rate_that_is_not_the_planned_one(tmp_path, monkeypatch):
     trainer = build(tmp_path)
     own = type(trainer)._train_step
 
-    def faster(self, batches, started):
-        own(self, batches, started)
+    def faster(self, *arguments):
+        own(self, *arguments)
         self.optimizer.param_groups[0]["lr"] *= 2  # of the matrices; the vectors, in a group of that name too, not
 
     monkeypatch.setattr(type(trainer), "_train_step", faster)

@@ -130,17 +130,26 @@ def test_the_same_configuration_says_nothing(run, capsys):
         b"\xff",
     ],
 )
-def test_a_run_file_that_cannot_be_read_is_refused(run, content):
+def test_a_run_file_that_cannot_be_read_is_made_again_from_the_checkpoint(run, content):
+    before = json.loads((run / "RUN.json").read_text())
+    (run / "RUN.json").write_bytes(content)
+    trainer = make_trainer(run, steps=2)
+    assert trainer.resume() and trainer.step == 2
+    assert json.loads((run / "RUN.json").read_text()) == before
     (run / "RUN.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"^build_trainer: expected a RUN\.json that can be read, got .*RUN\.json"):
-        make_trainer(run)
-    assert (run / "RUN.json").read_bytes() == content
+        check_run(run, run_config(trainer))
 
 
-def test_checkpoints_without_their_run_file_are_refused(run):
+def test_checkpoints_without_their_run_file_say_themselves_whose_they_are(run):
+    before = json.loads((run / "RUN.json").read_text())
+    (run / "RUN.json").unlink()
+    trainer = make_trainer(run, steps=2)
+    assert trainer.run_id == before["run_id"] and trainer.resume()
+    assert json.loads((run / "RUN.json").read_text()) == before
     (run / "RUN.json").unlink()
     with pytest.raises(ValueError, match=r"^build_trainer: expected a run folder with its RUN\.json"):
-        make_trainer(run)
+        check_run(run, run_config(trainer))
 
 
 def test_an_empty_folder_is_a_new_run(tmp_path):
@@ -159,7 +168,7 @@ def test_the_configuration_is_plain_json(tmp_path):
     assert config["kd.method"] == "projector"
     assert json.loads(json.dumps(config)) == config
     stored = json.loads((tmp_path / "run" / "RUN.json").read_text())
-    assert stored == {"run_id": trainer.run_id, "config": config}
+    assert stored == {"run_id": trainer.run_id, "name": "run", "config": config}
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 

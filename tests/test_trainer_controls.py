@@ -27,6 +27,7 @@ from kd_kit import (
     gradient_share,
     kd_term,
     lm_term,
+    load_weights,
     router_term,
     score,
 )
@@ -302,8 +303,13 @@ def test_a_save_that_fails_at_the_end_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(checkpoint.CheckpointError):
         trainer.fit()
     assert trainer.step == 4
+    alone = tiny_student(5)
+    assert load_weights(alone, tmp_path / "run" / "last.safetensors") == {"step": "4"}
+    for name, value in trainer.student.state_dict().items():
+        assert torch.equal(value, alone.state_dict()[name]), "at least the weights are there"
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     assert trainer.save().step == 4
+    assert not (tmp_path / "run" / "last.safetensors").exists()
     whole = make_trainer(tmp_path / "whole", steps=4)
     whole.fit()
     assert_same_run(whole, trainer)
@@ -439,18 +445,17 @@ class Clock:
         return self.now
 
 
-def test_the_session_clock_begins_the_decay_in_time(tmp_path, monkeypatch):
+def test_the_session_clock_begins_the_decay_in_time(tmp_path):
     """Every step takes 100 s of a session that has room for 25 of the 40."""
     clock = Clock()
-    monkeypatch.setattr("kd_kit.trainer.time.monotonic", clock)
     session = Session(tmp_path / "run", device="cpu", precision="no", budget=2500.0, clock=clock)
     session._started = 0.0
     trainer = falling(tmp_path / "run", session=session, finish_in_session=True)
     step = trainer._train_step
 
-    def slow(batches, started):
-        step(batches, started)
+    def slow(*arguments):
         clock.now += 100.0
+        return step(*arguments)
 
     trainer._train_step = slow
     assert trainer.fit() == "finished"
@@ -667,3 +672,88 @@ def test_before_the_first_step_everything_about_the_terms_may_change(tmp_path):
     straight.fit()
     assert_same_run(straight, trainer)
     assert make_trainer(tmp_path / "run", terms=[*terms()[:2], feature_term(0.3, layers={1: 2})], data=data).resume()
+
+
+def test_a_save_that_fails_in_mid_run_keeps_the_weights_alone_and_goes_on(tmp_path, monkeypatch, capsys):
+    trainer = make_trainer(tmp_path / "run", steps=4, save_minutes=0)
+    save, last = checkpoint.save_checkpoint, tmp_path / "run" / "last.safetensors"
+
+    def full(folder, *, step, **more):
+        if step == 2:
+            raise checkpoint.CheckpointError("no space left")
+        assert last.exists() == (step == 3)
+        return save(folder, step=step, **more)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    assert trainer.fit() == "finished"
+    (text,) = [e["text"] for e in trainer.history.events if e["what"] == "alarm"]
+    assert text.startswith("not saved: no space left; the weights alone are in last.safetensors")
+    assert not last.exists(), "the next whole checkpoint makes it superfluous"
+
+
+def test_weights_of_another_student_or_of_no_file_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=2)
+    trainer.fit()
+    best = tmp_path / "run" / "best.safetensors"
+    with pytest.raises(ValueError, match="expected the weights of this student"):
+        load_weights(tiny_student(num_hidden_layers=1), best)
+    with pytest.raises(ValueError, match="expected weights in"):
+        load_weights(trainer.student, tmp_path / "none.safetensors")
+    best.write_bytes(best.read_bytes()[:100])
+    with pytest.raises(ValueError, match="expected weights in"):
+        load_weights(trainer.student, best)
+
+
+def test_a_run_that_stops_before_its_end_says_how_to_go_on_and_a_finished_one_does_not(tmp_path, capsys):
+    trainer = make_trainer(tmp_path / "run", steps=4)
+    trainer.fit(steps=2)
+    assert "to go on: run the notebook again, with the same build_session(run='run')" in capsys.readouterr().out
+    trainer.fit()
+    assert "to go on" not in capsys.readouterr().out
+    assert trainer.how_to_go_on() is None
+
+
+def test_the_time_that_the_run_takes_is_said_once_it_is_known(tmp_path):
+    """Every step takes 100 s, an evaluation 50 s; a session of 1 h has room for 30 steps or so."""
+    clock = Clock()
+
+    class Slow(Callback):
+        def on_evaluate(self, trainer):
+            clock.now += 50.0
+
+    def session():
+        made = Session(tmp_path / "run", device="cpu", precision="no", budget=clock.now + 3600.0, clock=clock)
+        made._started = clock.now
+        made.budget = 3600.0
+        return made
+
+    def build():
+        trainer = make_trainer(tmp_path / "run", steps=60, eval_every=20, session=session(), student=tiny_student())
+        step = trainer._train_step
+
+        def slow(*arguments):
+            clock.now += 100.0
+            return step(*arguments)
+
+        trainer._train_step = slow
+        trainer.callbacks.append(Slow())
+        return trainer
+
+    trainer = build()
+    assert trainer.fit() == "the session's time is over"
+    assert 28 <= trainer.step <= 33
+    plans = [(e["step"], e["text"]) for e in trainer.history.events if e["what"] == "plan"]
+    assert len(plans) == 1 and plans[0][0] == 20
+    assert plans[0][1].startswith("about 67 min to go, this session has ")
+    assert "2 sessions of 60 min in all, this one included, at 100 s per step" in plans[0][1]
+    again = build()
+    assert again.fit() == "finished"
+    first = next(e["text"] for e in again.history.events if e["what"] == "plan" and e["step"] == trainer.step)
+    assert "this session has" in first and "sessions of" not in first, "it is known at once, from the session before"
+
+
+def test_a_session_whose_time_is_over_trains_no_step(tmp_path):
+    session = Session(tmp_path / "run", device="cpu", precision="no", budget=1.0)
+    trainer = make_trainer(tmp_path / "run", session=session)
+    assert trainer.fit() == "the session's time is over"
+    assert trainer.step == 0

@@ -137,7 +137,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
     torch.manual_seed(3)
     before = state_of(trainer)
 
-    def interrupted(self, batches, started):
+    def interrupted(self, *arguments):
         torch.rand(1)
         raise KeyboardInterrupt
 

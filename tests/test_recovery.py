@@ -1,0 +1,416 @@
+"""kd_kit/recovery.py: steps that do not fit into the memory, and steps without a finite gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from helpers import (
+    assert_same_run,
+    assert_same_tensors,
+    make_trainer,
+    measured,
+    part_term,
+    small_data,
+    tiny_student,
+    weights_of,
+    with_scaler,
+)
+
+from kd_kit import contrastive_term, kd_term, last_fault, lm_term
+from kd_kit.history import History
+from kd_kit.module import DistillModule
+from kd_kit.recovery import IN_A_ROW, MOST_RETURNS, is_out_of_memory
+from kd_kit.trainer import Trainer
+
+
+def terms(seed: int = 0):
+    return [lm_term(0.3), kd_term(0.6, top_k=8), part_term(0.1, seed=seed)]
+
+
+def trainer_at(folder, *, seed: int = 0, **arguments):
+    settings = {"terms": terms(seed), "steps": 12, "eval_every": 12, "data": small_data(batch_size=4)}
+    return make_trainer(folder, student=tiny_student(seed, attention_dropout=0.0), **(settings | arguments))
+
+
+def alarms(trainer) -> list[str]:
+    return [e["text"] for e in trainer.history.events if e["what"] == "alarm"]
+
+
+def losses(trainer) -> list[float]:
+    return trainer.history.column("total")[1]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """A function that lets a forward pass with more windows than this fail; None lifts it."""
+    limit: list = [None]
+    forward = DistillModule.forward
+
+    def limited(self, batch, *arguments, **more):
+        if limit[0] is not None and len(batch.sample) > limit[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+        return forward(self, batch, *arguments, **more)
+
+    monkeypatch.setattr(DistillModule, "forward", limited)
+
+    def of(windows):
+        limit[0] = windows
+
+    return of
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("windows", "halves"), [(3, [2]), (2, [2]), (1, [2, 1])])
+def test_out_of_memory_goes_on_with_the_same_samples_in_smaller_pieces(
+    tmp_path, small_memory, accumulation, windows, halves
+):
+    whole = trainer_at(tmp_path / "whole", accumulation=accumulation, steps=6)
+    whole.fit()
+    trainer = trainer_at(tmp_path / "run", accumulation=accumulation, steps=6)
+    trainer.fit(steps=2)
+    small_memory(windows)
+    assert trainer.fit() == "finished"
+    assert trainer.micro_batch == halves[-1]
+    assert [r["batches"] for r in measured_trains(trainer)] == [r["batches"] for r in measured_trains(whole)]
+    assert losses(trainer) == pytest.approx(losses(whole), rel=1e-4)
+    assert [len(alarms(trainer)), trainer.skipped_steps] == [len(halves), 0]
+    assert alarms(trainer)[0].startswith(
+        "out of memory in the training step: CUDA out of memory. Tried to allocate 2.00 GiB. From here on 2 windows "
+        "at once instead of 4"
+    )
+    for name, value in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(trainer)[name], value, rtol=2e-3, atol=2e-4)
+
+
+def measured_trains(trainer):
+    return [r for r in trainer.history.records if r["kind"] == "train"]
+
+
+def test_a_step_that_ran_out_half_way_is_redone_from_nothing(tmp_path, monkeypatch):
+    """The second of three micro-batches fails: the gradient of the first must not count twice."""
+    whole = trainer_at(tmp_path / "whole", accumulation=3, steps=3)
+    whole.fit()
+    trainer = trainer_at(tmp_path / "run", accumulation=3, steps=3)
+    forward, calls = DistillModule.forward, []
+
+    def failing(self, *arguments, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: ...")
+        return forward(self, *arguments, **more)
+
+    monkeypatch.setattr(DistillModule, "forward", failing)
+    trainer.fit()
+    assert len(calls) == 2 + 6 * 3
+    assert losses(trainer) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_one_window_that_does_not_fit_is_an_error_that_says_what_to_do(tmp_path, small_memory):
+    trainer = trainer_at(tmp_path / "run")
+    small_memory(0)
+    with pytest.raises(RuntimeError, match=r"expected one window of 32 tokens to fit .* use a smaller window="):
+        trainer.fit()
+    small_memory(None)
+    assert trainer.fit() == "finished", "nothing is broken"
+
+
+def test_a_resumed_session_on_the_same_machine_knows_what_fits(tmp_path, small_memory):
+    trainer = trainer_at(tmp_path / "run")
+    small_memory(2)
+    trainer.fit(steps=2)
+    again = trainer_at(tmp_path / "run", seed=1)
+    again.fit(steps=2)
+    assert again.micro_batch == 2 and len(alarms(again)) == 1
+    small_memory(None)
+    whole = trainer_at(tmp_path / "whole")
+    small_memory(2)
+    whole.fit()
+    again.fit()
+    assert_same_run(whole, again)
+
+
+def test_another_machine_finds_out_by_itself(tmp_path, small_memory, monkeypatch):
+    trainer = trainer_at(tmp_path / "run")
+    small_memory(2)
+    trainer.fit(steps=2)
+    small_memory(None)
+    monkeypatch.setattr("kd_kit.session.Session.machine", "a larger card, 80 GiB")
+    again = trainer_at(tmp_path / "run", seed=1)
+    again.resume()
+    assert again.micro_batch == 4
+
+
+def test_evaluation_and_statistics_fit_into_the_memory_too(tmp_path, monkeypatch):
+    trainer = trainer_at(tmp_path / "run", terms=[lm_term(0.5), contrastive_term(0.5)])
+    from kd_kit import recovery
+    from kd_kit import trainer as trainer_file
+
+    score, settle = trainer_file.score, trainer_file.settle_parts
+
+    def small_score(*arguments, batch_size, **more):
+        if batch_size > 2:
+            raise MemoryError
+        return score(*arguments, batch_size=batch_size, **more)
+
+    def small_settle(module, teacher, batches):
+        def checked():
+            for batch in batches:
+                if len(batch.sample) > 1:
+                    raise torch.OutOfMemoryError("HIP out of memory. Tried to allocate")
+                yield batch
+
+        settle(module, teacher, checked())
+
+    assert recovery.is_out_of_memory(MemoryError())
+    monkeypatch.setattr(trainer_file, "score", small_score)
+    monkeypatch.setattr(trainer_file, "settle_parts", small_settle)
+    trainer.fit(steps=1)
+    texts = alarms(trainer)
+    assert [t.split(":")[0] for t in texts] == ["out of memory in the statistics before the first step"] * 2
+    assert texts[0].endswith("the same windows per step; contrastive compares what is in them, so its value changes")
+    trainer.micro_batch = 4
+    assert math.isfinite(trainer.evaluate_now())
+    assert alarms(trainer)[-1].startswith("out of memory in the evaluation: MemoryError. From here on 2 windows")
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path, monkeypatch):
+    assert not is_out_of_memory(RuntimeError("expected all tensors on one device"))
+    assert not is_out_of_memory(KeyboardInterrupt())
+    trainer = trainer_at(tmp_path / "run")
+
+    def broken(*arguments, **more):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(DistillModule, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        trainer.fit()
+
+
+# --- numbers that are not finite -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_batches(monkeypatch):
+    """A function that makes the gradient of these positions NaN."""
+    wanted: set[int] = set()
+    own = Trainer._train_step
+
+    def spoilt(self, batches, started, positions):
+        if not wanted & set(positions):
+            return own(self, batches, started, positions)
+        head = next(self.student.parameters())
+        handle = head.register_hook(lambda gradient: gradient * math.nan)
+        try:
+            return own(self, batches, started, positions)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(Trainer, "_train_step", spoilt)
+    return wanted
+
+
+def test_one_bad_step_is_not_taken_and_the_run_goes_on(tmp_path, bad_batches):
+    bad_batches.add(3)
+    trainer = trainer_at(tmp_path / "run")
+    trainer.fit(steps=3)
+    before = weights_of(trainer)
+    trainer.fit(steps=1)
+    assert_same_tensors(before, weights_of(trainer))
+    assert trainer.fit() == "finished"
+    assert trainer.skipped_steps == 1 and trainer.returns == 0
+    text = alarms(trainer)[0]
+    assert text.startswith("Step 4 was not taken: it was not finite") and text.endswith("; kd.last_fault() shows more")
+    assert all(t.isfinite().all() for t in weights_of(trainer).values())
+
+
+@pytest.mark.parametrize("saved", [0, 2])
+def test_five_in_a_row_go_back_to_the_checkpoint_and_past_those_batches(tmp_path, bad_batches, saved):
+    bad_batches.update(range(4, 4 + IN_A_ROW))
+    trainer = trainer_at(tmp_path / "run")
+    if saved:
+        trainer.fit(steps=saved)
+        trainer = trainer_at(tmp_path / "run", seed=1)
+    assert trainer.fit() == "finished"
+    assert trainer.returns == 1 and trainer.cursor.left_out == ((4, 9),)
+    assert [r["batches"] for r in measured_trains(trainer)] == [[p] for p in [0, 1, 2, 3, *range(9, 17)]]
+    assert alarms(trainer)[-1].startswith(
+        f"5 steps in a row without a finite gradient: back from step 9 to step {saved}, and past batches 4 to 8"
+    )
+    assert trainer.step == 12 and trainer.skipped_steps == 0, "the steps that failed are forgotten"
+
+
+def test_after_going_back_the_run_is_the_one_that_never_met_those_batches(tmp_path, bad_batches):
+    bad_batches.update(range(4, 9))
+    trainer = trainer_at(tmp_path / "run")
+    trainer.fit(steps=2)
+    trainer.fit()
+    bad_batches.clear()
+    other = trainer_at(tmp_path / "other")
+    other.cursor = other.cursor.without(4, 9)
+    other._resumed = True
+    other.fit()
+    assert_same_tensors(weights_of(other), weights_of(trainer))
+
+
+def test_a_session_that_dies_after_going_back_knows_what_to_leave_out(tmp_path, bad_batches):
+    bad_batches.update(range(4, 9))
+    whole = trainer_at(tmp_path / "whole")
+    whole.fit()
+    trainer = trainer_at(tmp_path / "run")
+    saves = []
+    trainer.callbacks = [type("Stop", (), {"on_save": lambda self, t: saves.append(1) or t.stop("killed")})()]
+    trainer.fit()
+    again = trainer_at(tmp_path / "run", seed=1)
+    again.resume()
+    assert again.returns == 1 and again.cursor.left_out == ((4, 9),)
+    again.fit()
+    assert_same_run(whole, again)
+    assert measured(History.load(tmp_path / "run" / "metrics.jsonl")) == measured(whole.history)
+
+
+def test_a_teacher_that_is_not_finite_is_an_alarm_and_ends_the_run(tmp_path, monkeypatch):
+    """NaN from a teacher that overflows in half precision must not become a loss of 0."""
+    trainer = trainer_at(tmp_path / "run", steps=60, eval_every=60)
+    monkeypatch.setattr(trainer.teacher, "signal", spoilt_signal(trainer.teacher.signal))
+    before = weights_of(trainer)
+    assert trainer.fit() == "no finite gradient, after going back 3 times; kd.last_fault() shows where it began"
+    assert_same_tensors(before, weights_of(trainer))
+    assert any(
+        t.startswith("kd was not finite; its steps are skipped, since step 1. Likely: ") for t in alarms(trainer)
+    )
+    assert math.isnan(trainer.history.series("kd")[1][0])
+
+
+def test_places_that_fail_far_apart_do_not_add_up(tmp_path, bad_batches):
+    bad_batches.update(p for start in (4, 14, 24, 34) for p in range(start, start + IN_A_ROW))
+    trainer = trainer_at(tmp_path / "run", steps=40, eval_every=40, save_minutes=0)
+    assert trainer.fit() == "finished"
+    assert len(trainer.cursor.left_out) == 4 and trainer.returns == 1
+
+
+def test_a_run_that_is_never_finite_stops_and_says_so(tmp_path, bad_batches):
+    bad_batches.update(range(1000))
+    trainer = trainer_at(tmp_path / "run", steps=60, eval_every=60)
+    before = weights_of(trainer)
+    reason = trainer.fit()
+    assert reason == "no finite gradient, after going back 3 times; kd.last_fault() shows where it began"
+    assert trainer.step == IN_A_ROW and trainer.returns == MOST_RETURNS
+    assert trainer.cursor.left_out == ((0, IN_A_ROW * MOST_RETURNS),)
+    assert_same_tensors(before, weights_of(trainer))
+
+
+def test_bad_steps_with_good_ones_between_them_do_not_go_back(tmp_path, bad_batches):
+    bad_batches.update({0, 1, 2, 3, 5, 6, 7, 8})
+    trainer = trainer_at(tmp_path / "run")
+    assert trainer.fit() == "finished"
+    assert trainer.returns == 0 and trainer.skipped_steps == 8
+
+
+def test_weights_that_are_not_finite_are_the_checkpoints_again(tmp_path):
+    whole = trainer_at(tmp_path / "whole")
+    whole.cursor = whole.cursor.without(4, 6)
+    whole._resumed = True
+    whole.fit()
+
+    class Spoil:
+        def on_log(self, trainer):
+            if trainer.step == 5 and not trainer.returns:
+                with torch.no_grad():
+                    trainer.student.get_input_embeddings().weight[:, 3] = math.nan
+
+    trainer = trainer_at(tmp_path / "run", measure_every=4)
+    trainer.fit(steps=2)
+    trainer.callbacks.append(Spoil())
+    assert trainer.fit() == "finished"
+    (text,) = [t for t in alarms(trainer) if "back from" in t]
+    assert text.startswith("the weights are not finite: back from step 6 to step 2, and past batches 4 to 5")
+    assert all(t.isfinite().all() for t in weights_of(trainer).values())
+
+
+def test_a_state_that_is_not_finite_is_not_saved_and_the_run_goes_back(tmp_path):
+    class Spoil:
+        def on_evaluate(self, trainer):
+            if trainer.step == 6 and not trainer.returns:
+                with torch.no_grad():
+                    next(iter(trainer.module.parts.parameters())).fill_(math.inf)
+                trainer._save_or_warn()
+
+    trainer = trainer_at(tmp_path / "run", eval_every=6)
+    trainer.fit(steps=2)
+    trainer.callbacks.append(Spoil())
+    assert trainer.fit() == "finished"
+    texts = alarms(trainer)
+    assert any(
+        t.startswith("the state is not finite: back from step 6 to step 2, and past batches 5 to 5") for t in texts
+    )
+    assert all(t.isfinite().all() for t in trainer.module.state_dict().values())
+
+
+def test_a_teacher_whose_weights_are_not_finite_stops_the_run_at_once(tmp_path, monkeypatch):
+    from kd_kit import build_teacher
+
+    teacher = build_teacher(device="cpu")
+    trainer = trainer_at(tmp_path / "run", model=teacher)
+    trainer.fit(steps=1)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight[5, 5] = math.nan
+    assert trainer.fit().startswith("the teacher's weights are not finite: teacher.")
+    assert trainer.step == 2
+
+
+def test_a_gradient_scaler_that_looks_for_its_scale_is_no_fault(tmp_path, monkeypatch):
+    """With loss scaling the first steps may overflow; the scaler sees to that alone, however many they are."""
+    trainer = with_scaler(trainer_at(tmp_path / "run", steps=20), monkeypatch, scale=2.0**127)
+    trainer.accelerator.scaler.set_growth_interval(10**6)
+    trainer.fit()
+    assert IN_A_ROW < trainer.skipped_steps < 20
+    assert trainer.returns == 0 and not [t for t in alarms(trainer) if "finite gradient" in t]
+
+
+def test_with_a_gradient_scaler_losses_that_are_not_finite_are_a_fault(tmp_path, monkeypatch):
+    trainer = with_scaler(trainer_at(tmp_path / "run"), monkeypatch)
+    monkeypatch.setattr(trainer.teacher, "signal", spoilt_signal(trainer.teacher.signal))
+    assert trainer.fit().startswith("no finite gradient, after going back 3 times")
+
+
+def spoilt_signal(right):
+    """A teacher that says NaN, as one that overflows in half precision does."""
+
+    def signal(batch):
+        said = right(batch)
+        ((key, cells),) = said.cells.items()
+        spoilt = dataclasses.replace(cells, log_probs=cells.log_probs * math.nan, tail=cells.tail * math.nan)
+        return dataclasses.replace(said, cells={key: spoilt})
+
+    return signal
+
+
+# --- spikes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_spike_is_written_down_with_its_text_and_the_run_goes_on(tmp_path, monkeypatch):
+    trainer = trainer_at(tmp_path / "run", steps=70, eval_every=70, measure_every=1000)
+    own = Trainer._train_step
+
+    def louder(self, batches, started, positions):
+        if self.step != 60:
+            return own(self, batches, started, positions)
+        handle = next(self.student.parameters()).register_hook(lambda gradient: gradient * 1000)
+        try:
+            return own(self, batches, started, positions)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(Trainer, "_train_step", louder)
+    assert trainer.fit() == "finished"
+    (text,) = [t for t in alarms(trainer) if t.startswith("spike")]
+    assert text.startswith("spike at step 61: gradient norm ") and "clipped to 1" in text
+    fault = last_fault(trainer)
+    assert (fault.kind, fault.step, fault.positions, len(fault.windows)) == ("spike", 61, [60], 4)
+    assert fault.texts[0] == trainer.data.train.text(fault.windows[0])[: len(fault.texts[0])]

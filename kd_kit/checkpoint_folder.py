@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 JSON_LIMIT = 64 * 2**20  # bytes; a larger JSON file is refused unread

@@ -944,7 +944,7 @@ def test_a_sealed_manifest_is_not_believed_either(run, kind):
 def test_a_newer_format_is_refused_and_left_alone(run):
     reseal(run / "ckpt/step-00000002", format=2)
     found, refusals = find_checkpoint(run)
-    assert found.step == 1 and "expected format 1" in refusals[0].reason
+    assert found.step == 1 and f"expected format {checkpoint_folder.FORMAT}" in refusals[0].reason
     assert names(run) == ["step-00000001", "step-00000002"]
 
 

@@ -1,11 +1,13 @@
 """What a copy of a run at another place consists of: its names, its manifests, what to send, what to remove.
 
-<place>/<run>/
-  RUN.json  metrics.jsonl  initial.safetensors  best.safetensors
-  COPY.json                           size and sha256 of the two weight files above, sealed like a manifest
-  ckpt/step-00001200-7/               of step and save number, so that a name never gets another content
-    <group>.safetensors  state.json   as the run wrote them
-    MANIFEST.json                     sent last: a folder without it is no checkpoint
+    <place>/<run>/
+      RUN.json  metrics.jsonl  initial.safetensors  best.safetensors
+      COPY.json                           size and sha256 of the two weight files above, sealed like a manifest
+      ckpt/step-00001200-7/               of step and save number, so that a name never gets another content
+        <group>.safetensors  state.json   as the run wrote them
+        MANIFEST.json                     sent last: a folder without it is no checkpoint
+
+How it is sent and fetched is in ``remote_copy.py``.
 """
 
 from __future__ import annotations
@@ -136,18 +138,16 @@ def manifests(there: Mapping[str, int]) -> Iterator[tuple[str, str]]:
 def superfluous(
     there: Mapping[str, int], found: list[RemoteCheckpoint], written: RemoteCheckpoint, kept: int = KEPT
 ) -> list[str]:
-    """Folders of checkpoints that ``written`` makes superfluous at its place, given all that lies there.
+    """Folders of checkpoints that ``written`` makes superfluous at its place.
 
     Those of the same run beyond the ``kept`` newest; those of steps that the run has gone back from, which a resume
     must not take; and uploads that were never finished. Other runs' checkpoints and newer ones stay.
+
+    Args:
+        there: sizes of all files there. found: the whole checkpoints among them, newest first.
     """
     mine = [remote for remote in found if remote.run_id == written.run_id and remote.name != written.name]
-    place = written.step, written.save_number
-    older = sorted(
-        (remote for remote in mine if (remote.step, remote.save_number) < place),
-        key=lambda remote: (remote.step, remote.save_number),
-        reverse=True,
-    )
+    older = [r for r in mine if (r.step, r.save_number) < (written.step, written.save_number)]
     left_behind = [r for r in mine if r.save_number < written.save_number and r.step > written.step]
     whole = {folder for _, folder in manifests(there)}
     folders = {name.split("/")[1] for name in there if name.startswith("ckpt/") and name.count("/") >= 2}
@@ -222,12 +222,14 @@ def status_of(error: BaseException) -> int | None:
 
 
 def brief(error: BaseException) -> str:
-    """An error on one line, without what must stay secret."""
+    """An error on one line, without what must stay secret; a library's is cut at 200 characters."""
     ours = isinstance(error, (MirrorError, CheckpointError))
     text = without_secrets(" ".join(((ours and error.strerror) or str(error)).split()))
-    if not ours and not text.startswith(kind := type(error).__name__):
+    if ours:
+        return text
+    if not text.startswith(kind := type(error).__name__):
         text = f"{kind}: {text}" if text else kind
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def without_secrets(text: str) -> str:

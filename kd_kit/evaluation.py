@@ -101,6 +101,14 @@ def score(model, windows: WindowSet, *, side: str = "student", batch_size: int =
     return Score(float(nats), size, tokens)
 
 
+class ControlUnfinished(RuntimeError):
+    """The LM-only control was stopped before its end."""
+
+
+class MissingStart(ValueError):
+    """A run does not hold the student as it was before its first step."""
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How far a student says what the teacher says, at aligned positions, in the student's vocabulary.
@@ -200,15 +208,22 @@ class Report:
         return self.rows["LM-only control"]["bits_per_byte"] - self.rows["distilled"]["bits_per_byte"]
 
     @property
-    def retention(self) -> float:
-        """Share of the gap between the student before and the teacher that is closed, in bits per byte."""
+    def retention(self) -> float | None:
+        """Share of the gap between the student before and the teacher that is closed, in bits per byte.
+
+        None where the student before is not known.
+        """
+        if "before" not in self.rows:
+            return None
         before, now, best = (self.rows[n]["bits_per_byte"] for n in ("before", "distilled", "teacher"))
         return (before - now) / (before - best) if before != best else float("nan")
 
     def sentences(self) -> list[str]:
         """What the table says, in words."""
         out = []
-        if self.rows["teacher"]["bits_per_byte"] < self.rows["before"]["bits_per_byte"]:
+        best = self.rows["teacher"]["bits_per_byte"]
+        before = self.rows["before"]["bits_per_byte"] if "before" in self.rows else None
+        if before is not None and best < before:
             out.append(
                 f"After {self.step:,} steps the student closed {self.retention:.0%} of the gap to its teacher "
                 f"in bits per byte on {self.bytes:,} held-out bytes."
@@ -224,8 +239,7 @@ class Report:
                 f"It lies {abs(self.gain):.3f} bits per byte {word} the same student trained without a teacher "
                 f"{tokens}."
             )
-        before, best = self.rows["before"]["bits_per_byte"], self.rows["teacher"]["bits_per_byte"]
-        if best >= before:
+        if before is not None and best >= before:
             out.append("The teacher is no better than the student was on this text: it has nothing to teach here.")
         return out
 
@@ -283,7 +297,11 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
         raise ValueError("evaluate: expected a trainer with a teacher, got one without; use score(model, windows)")
     trainer.resume()  # in a new session the cell that trains may have been left out
     windows, device = trainer.data.held_out, trainer.session.device
-    students, control_step = {"before": trainer.initial_student()}, None
+    students, control_step = {}, None
+    try:
+        students["before"] = trainer.initial_student()
+    except MissingStart as error:
+        print(f"evaluate: without the row of the student before training: {error}")
     if limit is not None and limit < 1:
         raise ValueError(f"evaluate: expected a limit of at least 1 window, got {limit}")
     if control and trainer.stop_reason in ("interrupted", "terminated"):
@@ -292,15 +310,20 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
         try:
             students["LM-only control"] = trainer.train_control()
             control_step = trainer.total_steps
-        except RuntimeError as unfinished:
-            print(unfinished)
+        except (ControlUnfinished, MissingStart) as error:
+            print(error)
     students["distilled"] = trainer.student
     for model in students.values():
         model.to(device)
-    with trainer.accelerator.autocast():
-        agree = agreement(students, trainer.teacher, windows, limit=limit)
-        rows = {n: _row(score(model, windows, limit=limit), model, agree[n]) for n, model in students.items()}
-    best = score(trainer.teacher.model, windows, side="teacher", limit=limit)
+
+    def work() -> tuple[dict, Score]:
+        few = {"limit": limit, "batch_size": trainer.micro_batch}
+        with trainer.accelerator.autocast():
+            agree = agreement(students, trainer.teacher, windows, **few)
+            rows = {n: _row(score(model, windows, **few), model, agree[n]) for n, model in students.items()}
+        return rows, score(trainer.teacher.model, windows, side="teacher", **few)
+
+    rows, best = trainer.within_memory(work, "evaluation")
     rows["teacher"] = _row(best, trainer.teacher.model, None)
     step = trainer.best_step if trainer._holds_best else trainer.step
     report = Report(rows, best.bytes, step, control_step)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from kd_kit import checkpoint
 from kd_kit.cursor import Cursor
+from kd_kit.evaluation import MissingStart
 from kd_kit.resume_search import find_run
 from kd_kit.run_config import refuse_other_run
 from kd_kit.run_lock import RunLocked, lock_run
@@ -236,7 +237,11 @@ class Keeping:
         return int(about["step"]), float(about["bits_per_byte"])
 
     def initial_student(self):
-        """A copy of the student as it was before its first step."""
+        """A copy of the student as it was before its first step.
+
+        Raises:
+            MissingStart: the run was gone on from a checkpoint alone, with a student of another start.
+        """
         student = copy.deepcopy(self.student)
         self._load_start(student)
         return student
@@ -244,7 +249,7 @@ class Keeping:
     def _load_start(self, student) -> None:
         path = self.session.folder / START
         if not path.exists():
-            raise ValueError(
+            raise MissingStart(
                 f"Trainer: expected the student's weights before its first step in {str(path)!r}, got no such file; "
                 "the run was gone on from a checkpoint alone, with a student of another start: build the student as "
                 "the first session did"

@@ -68,13 +68,14 @@ class FsspecPlace(Place):
     def __init__(self, address: str, run: str):
         import fsspec
         from fsspec.implementations.local import LocalFileSystem
+        from fsspec.registry import known_implementations
 
         super().__init__(without_secrets(address))
         protocol = address.partition("://")[0] if "://" in address else "file"
         try:
             kind = fsspec.get_filesystem_class(protocol)
         except ImportError as error:
-            package = fsspec.registry.known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
+            package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
             what = f"pip install {package}" if package not in ("", "fsspec") else str(error)
             raise ValueError(
                 f"open_place: expected the package that writes to {protocol}://, got none; {what}"

@@ -22,7 +22,7 @@ from kd_kit.balance import Balance, fixed
 from kd_kit.callbacks import EarlyStopping, PrintLines
 from kd_kit.cursor import Cursor
 from kd_kit.data import DistillData
-from kd_kit.evaluation import score
+from kd_kit.evaluation import ControlUnfinished, score
 from kd_kit.gradients import place_name
 from kd_kit.history import History
 from kd_kit.keeping import START, Keeping
@@ -425,7 +425,8 @@ class Trainer(Keeping, Steering, Recovery):
             the trained student.
 
         Raises:
-            RuntimeError: it was stopped before its end (Interrupt, or the session's time); call again to go on.
+            ControlUnfinished: it was stopped before its end (Interrupt, or the session's time); call again to go on.
+            MissingStart: the run's start is not there.
         """
         if self._control_student is not None:
             return self._control_student
@@ -449,7 +450,7 @@ class Trainer(Keeping, Steering, Recovery):
         control.callbacks = [PrintLines(self.settings["log_every"], prefix="control  ")]
         self._control = control.history
         if control.fit() != "finished":
-            raise RuntimeError(
+            raise ControlUnfinished(
                 f"train_control: stopped at step {control.step:,} of {control.total_steps:,} ({control.stop_reason}); "
                 "call it again to go on"
             )

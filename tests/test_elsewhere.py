@@ -98,6 +98,7 @@ def test_a_bare_checkpoint_with_a_student_of_another_start_has_no_control(tmp_pa
     second.fit()
     with pytest.raises(ValueError, match="expected the student's weights before its first step"):
         second.train_control()
+    assert list(evaluate(second, control=True, limit=2).rows) == ["distilled", "teacher"]
 
 
 def test_another_runs_output_is_not_taken(tmp_path, capsys):

@@ -7,6 +7,7 @@ import inspect
 import logging
 import sys
 import threading
+import time
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -16,9 +17,10 @@ from fake_hubs import FakeHub, FakeKaggle, KaggleError, http_error
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-from kd_kit.checkpoint import DamagedCheckpoint, load_checkpoint
+from kd_kit.checkpoint import DamagedCheckpoint, inspect_checkpoint, load_checkpoint
 from kd_kit.copied_run import GivenUp, OldCopiesRemain
 from kd_kit.hub_places import KaggleDatasetPlace
+from kd_kit.mirror import Mirror
 from kd_kit.mirror_places import MirrorError, open_place
 
 ADDRESS = "hf://datasets/me/my-run"
@@ -145,6 +147,26 @@ def test_what_goes_wrong_is_said_with_what_to_do(hub, tmp_path, error, advice):
     hub.fail = {"hf_hub_download": error}
     with pytest.raises(MirrorError, match=f"^{ADDRESS}: fetching failed: .*{advice}"):
         place.download(remote, tmp_path / "back")
+
+
+def test_a_copy_in_the_background_says_what_to_do_and_arrives_when_that_is_done(hub, repository, tmp_path):
+    run = run_copy(tmp_path / "run", 1)
+    (checkpoint,) = (run / "ckpt").iterdir()
+    mirror = Mirror(open_place(ADDRESS, "run/main"), run, retry_seconds=(1e6,))
+    hub.fail = {"create_commit": http_error(403, text="403 Forbidden: " + "long " * 99)}
+    mirror.take(inspect_checkpoint(checkpoint))
+    for _ in range(3000):
+        if news := mirror.news():
+            break
+        time.sleep(0.01)
+    assert news[0][1].startswith(f"the copy to {ADDRESS} failed: sending failed: HfHubHTTPError: 403 Forbidden: long")
+    assert news[0][1].endswith(
+        "...; the token may not do that: it needs the right to write to me/my-run (and to make it); training goes on, "
+        "the next try is in 1000000 s"
+    )
+    hub.fail = {}
+    assert mirror.flush(30) and mirror.sent == 1 and there(repository().files) == [NAME]
+    mirror.close()
 
 
 def test_a_repository_that_is_gone_before_the_commit_is_an_error(hub, tmp_path):
@@ -401,14 +423,19 @@ def test_an_upload_to_kaggle_that_was_given_up_is_not_started(kaggle, tmp_path):
     assert kaggle.datasets == {}
 
 
-def test_links_in_a_dataset_are_not_followed(kaggle, tmp_path):
+@pytest.mark.parametrize("whole", [True, False])
+def test_links_in_a_dataset_are_not_followed(kaggle, tmp_path, whole):
     place = open_place("kaggle://me/my-data", "run")
     fill(place, tmp_path, 1)
-    place.newest()
     kaggle.mounted = True  # so that what lies there now is what is seen
-    (kaggle.cache / "my-data-run/run").mkdir(parents=True)
-    (kaggle.cache / "my-data-run/run/ckpt").mkdir()
-    (kaggle.cache / "my-data-run/run/ckpt" / NAME).symlink_to(tmp_path / "copy-1/ckpt/step-00000001")
+    source, target = tmp_path / "copy-1/ckpt/step-00000001", kaggle.cache / "my-data-run/run/ckpt" / NAME
+    target.parent.mkdir(parents=True)
+    if whole:
+        target.symlink_to(source)
+    else:
+        target.mkdir()
+        for path in source.iterdir():
+            (target / path.name).symlink_to(path)
     assert place.newest() == [] and place.refused == []
 
 

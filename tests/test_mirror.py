@@ -3,13 +3,10 @@
 import shutil
 import threading
 
-import pytest
-import torch
+from copies import contents, save
 
-from kd_kit.checkpoint import save_checkpoint
+from kd_kit.copied_run import MirrorError, OldCopiesRemain, read_local
 from kd_kit.mirror import Mirror
-from kd_kit.mirror_places import open_place
-from kd_kit.copied_run import MirrorError, read_local
 from kd_kit.remote_copy import Place
 
 
@@ -23,18 +20,14 @@ class FakePlace(Place):
     def _upload(self, local, alive):
         if self.actions:
             self.actions.pop(0)(alive)
+        for files in (local.files, local.weights, local.texts):
+            assert all(path.is_file() for path in files.values())
         self.steps.append(local.checkpoint.step)
         return local.checkpoint.size
 
 
 def fail(alive):
     raise RuntimeError("no network")
-
-
-def save(run, step):
-    return save_checkpoint(
-        run, step=step, save_number=step, run_id="a", groups={"model": {"w": torch.ones(9)}}, state={}
-    )
 
 
 def test_a_checkpoint_arrives_and_is_told(tmp_path):
@@ -131,6 +124,116 @@ def test_a_snapshot_is_all_that_is_needed(tmp_path):
     mirror.close()
 
 
-def test_a_place_inside_the_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="apart from the run folder"):
-        Mirror(open_place(str(tmp_path), "run"), tmp_path / "run")
+def test_a_snapshot_is_links_and_costs_no_second_copy(tmp_path):
+    mirror = Mirror(FakePlace(fail), tmp_path, retry_seconds=(1e6,))
+    info = save(tmp_path, 7, groups=("model", "optim", "aux"))
+    mirror.take(info)
+    links = [path for path in (tmp_path / ".mirror-1").rglob("*") if path.is_file()]
+    assert len(links) == 5 and all(path.stat().st_nlink == 2 for path in links)
+    assert all(path.samefile(info.path / path.name) for path in links)
+    mirror.close()
+
+
+def test_what_is_being_sent_stays_as_it_was_however_many_saves_follow(tmp_path):
+    busy, go, before, after = threading.Event(), threading.Event(), [], []
+
+    def look_twice(alive):
+        before.append(contents(tmp_path / ".mirror-1"))
+        busy.set()
+        go.wait(30)
+        after.append(contents(tmp_path / ".mirror-1"))
+
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "best.safetensors").write_bytes(b"of step 1")
+    place = FakePlace(look_twice)
+    mirror = Mirror(place, tmp_path)
+    mirror.take(save(tmp_path, 1))
+    assert busy.wait(30)
+    for step in (2, 3, 4):
+        with open(tmp_path / "metrics.jsonl", "a") as log:
+            log.write("{}\n")
+        (tmp_path / "best.new").write_bytes(b"of a later step")
+        (tmp_path / "best.new").replace(tmp_path / "best.safetensors")
+        mirror.take(save(tmp_path, step))
+    assert sorted(path.name for path in tmp_path.glob(".mirror-*")) == [".mirror-1", ".mirror-4"]
+    go.set()
+    assert mirror.flush(30) and place.steps == [1, 4] and mirror.sent == 2
+    assert before == after and before[0]["best.safetensors"] == b"of step 1"
+    assert list(tmp_path.glob(".mirror-*")) == []
+    mirror.close()
+
+
+def test_the_seconds_of_the_last_copy_that_arrived(tmp_path):
+    now = [0.0]
+
+    def take(seconds):
+        def action(alive):
+            now[0] += seconds
+
+        return action
+
+    def fail_late(alive):
+        now[0] += 100
+        raise RuntimeError("no network")
+
+    mirror = Mirror(FakePlace(take(7), take(11), fail_late), tmp_path, retry_seconds=(1e6,), clock=lambda: now[0])
+    assert mirror.last_seconds == 0.0
+    for step, seconds in ((1, 7), (2, 11)):
+        mirror.take(save(tmp_path, step))
+        assert mirror.flush(1e3) and mirror.last_seconds == seconds
+    mirror.take(save(tmp_path, 3))
+    mirror.close()
+    assert mirror.last_seconds == 11
+
+
+def test_old_copies_that_remain_are_told_once_until_they_are_gone(tmp_path):
+    def remain(alive):
+        raise OldCopiesRemain("x: expected to remove older copies, got OSError")
+
+    mirror = Mirror(FakePlace(remain, remain, lambda alive: None, remain), tmp_path)
+    told = []
+    for step in (1, 2, 3, 4):
+        mirror.take(save(tmp_path, step))
+        assert mirror.flush(30)
+        told.append([kind for kind, _ in mirror.news()])
+    assert told == [["mirrored", "alarm"], ["mirrored"], ["mirrored"], ["mirrored", "alarm"]] and mirror.sent == 4
+    mirror.close()
+
+
+def test_closing_in_the_middle_leaves_no_snapshot_and_sends_no_more(tmp_path):
+    busy, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def hang(alive):
+        busy.set()
+        go.wait(30)
+        ended.set()
+        if not alive():
+            raise MirrorError("given up")
+
+    place = FakePlace(hang)
+    mirror = Mirror(place, tmp_path)
+    mirror.take(save(tmp_path, 1))
+    assert busy.wait(30)
+    mirror.take(save(tmp_path, 2))
+    mirror.close()
+    mirror.close()
+    assert list(tmp_path.glob(".mirror-*")) == []
+    go.set()
+    assert ended.wait(30)
+    mirror.take(save(tmp_path, 3))
+    assert place.steps == [] and list(tmp_path.glob(".mirror-*")) == []
+
+
+def test_the_reason_of_a_failure_names_the_place_once(tmp_path):
+    def refuse(alive):
+        raise MirrorError("fake://x: sending failed: 403; give the token rights")
+
+    mirror = Mirror(FakePlace(refuse), tmp_path, retry_seconds=(0.001,))
+    mirror.take(save(tmp_path, 1))
+    assert mirror.flush(30)
+    assert mirror.news()[0] == (
+        "alarm",
+        "the copy to fake://x failed: sending failed: 403; give the token rights; training goes on, the next try is in "
+        "0 s",
+    )
+    mirror.close()

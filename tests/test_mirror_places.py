@@ -9,6 +9,7 @@ import fsspec
 import pytest
 from copies import contents, fill, run_copy, save
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry, known_implementations
 
 from kd_kit.checkpoint import DamagedCheckpoint, load_checkpoint
 from kd_kit.checkpoint_folder import seal
@@ -109,8 +110,6 @@ class Flaky(MemoryFileSystem):
 
     protocol = "flaky"
     cachable = False
-    store: dict = {}
-    pseudo_dirs = [""]
     calls, at, action = 0, None, None
 
     @classmethod
@@ -118,10 +117,17 @@ class Flaky(MemoryFileSystem):
         return super()._strip_protocol(path.removeprefix("flaky://"))
 
     @classmethod
-    def prepare(cls, at=None, action=None, *, empty=False):
+    def prepare(cls, at=None, action=None):
         cls.calls, cls.at, cls.action = 0, at, action
-        if empty:
-            cls.store, cls.pseudo_dirs = {}, [""]
+
+    @classmethod
+    def empty(cls):
+        cls.store, cls.pseudo_dirs = {}, [""]
+        cls.prepare()
+
+    @classmethod
+    def everything(cls):
+        return {name: bytes(file.getbuffer()) for name, file in cls.store.items()}
 
     def now(self, name, *args):
         cls = type(self)
@@ -158,6 +164,12 @@ def fail(self, name, *args):
     raise OSError(f"{name} failed")
 
 
+def fail_at_a_file(self, name, *args):
+    if name == "put_file":
+        fail(self, name)
+    type(self).at = type(self).calls  # the next call, then
+
+
 def truncate(self, name, *args):
     if name != "put_file":
         raise TimeoutError(f"{name} timed out")
@@ -170,22 +182,23 @@ def truncate(self, name, *args):
 @pytest.fixture
 def flaky():
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    Flaky.prepare(empty=True)
+    Flaky.empty()
     yield open_place("flaky://bucket/x", "run")
-    Flaky.prepare(empty=True)
-    fsspec.registry._registry.pop("flaky")
+    Flaky.empty()
+    _registry.pop("flaky")
 
 
 @pytest.mark.parametrize("action", [fail, truncate])
 def test_whichever_call_fails_there_is_a_good_copy_and_the_next_try_brings_the_new_one(flaky, tmp_path, action):
-    copies = {step: run_copy(tmp_path / f"copy-{step}", step) for step in (1, 2, 3)}
+    fill(flaky, tmp_path, 1, 2)
+    before, new = Flaky.everything(), run_copy(tmp_path / "copy-3", 3)
     for at in range(500):
-        Flaky.prepare(empty=True)
-        flaky.upload(copies[1], lambda: True)
-        flaky.upload(copies[2], lambda: True)
+        Flaky.empty()
+        for name, content in before.items():
+            flaky._fs.pipe_file(name, content)
         Flaky.prepare(at, action)
         try:
-            flaky.upload(copies[3], lambda: True)
+            flaky.upload(new, lambda: True)
         except OldCopiesRemain:
             steps = [3]
         except MirrorError as error:
@@ -199,7 +212,7 @@ def test_whichever_call_fails_there_is_a_good_copy_and_the_next_try_brings_the_n
         assert newest.step in steps
         back = tmp_path / f"back-{at}"
         assert load_checkpoint(flaky.download(newest, back))[1] == {"step": newest.step}
-        flaky.upload(copies[3], lambda: True)
+        flaky.upload(new, lambda: True)
         assert [remote.step for remote in flaky.newest()] == [3, 2]
         if not hit:
             break
@@ -210,7 +223,7 @@ def test_copies_go_on_arriving_through_failures(flaky, tmp_path):
     run = run_copy(tmp_path / "run", 1)
     mirror = Mirror(flaky, run, retry_seconds=(0.001,))
     for step in range(2, 8):
-        Flaky.prepare(3 * step, fail)
+        Flaky.prepare(3 * step, fail_at_a_file)
         mirror.take(save(run, step))
         assert mirror.flush(30)
     assert [remote.step for remote in flaky.newest()] == [7, 6]
@@ -236,13 +249,13 @@ def test_a_stalled_upload_that_wakes_up_late_changes_nothing(flaky, tmp_path):
     Flaky.prepare(0, stall_at_the_model)
     mirror.take(save(run, 2))
     assert mirror.flush(30) and [remote.step for remote in flaky.newest()] == [2]
-    before = {name: bytes(file.getbuffer()) for name, file in Flaky.store.items()}
+    before = Flaky.everything()
     senders = [t for t in threading.enumerate() if t.name == "kd_kit mirror upload"]
     go.set()
     assert woke.wait(30)
     for sender in senders:
         sender.join(30)
-    assert {name: bytes(file.getbuffer()) for name, file in Flaky.store.items()} == before
+    assert Flaky.everything() == before
     assert "no sign of life" in mirror.news()[0][1]
     mirror.close()
 
@@ -277,7 +290,7 @@ def test_opening_connects_nothing(monkeypatch, tmp_path):
     with pytest.raises(MirrorError, match=r"^away://me:\*\*\*@host/x: looking .* no route to host; look whether the"):
         place.newest()
     place.check_apart(tmp_path)
-    fsspec.registry._registry.pop("away")
+    _registry.pop("away")
 
 
 # ------------------------------------------------------------------------------------------------- addresses
@@ -301,7 +314,7 @@ def test_an_address_that_cannot_be_used_says_what_to_write(address, message):
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     entry = {"class": "nowherefs.core.FileSystem", "err": "Install nowherefs"}
-    monkeypatch.setitem(fsspec.registry.known_implementations, "nowhere", entry)
+    monkeypatch.setitem(known_implementations, "nowhere", entry)
     with pytest.raises(ValueError, match="writes to nowhere://, got none; pip install nowherefs"):
         open_place("nowhere://x", "run")
 

@@ -216,3 +216,77 @@ def test_the_saved_file_is_small_and_needs_no_javascript(debug):
     assert "widgets" not in notebook.metadata
     assert len(nbformat.writes(notebook)) < 1_000_000
     assert len(outputs(notebook, "image/png")) == 5
+
+
+# --- 05: resume after a timeout --------------------------------------------------------------------------------------
+
+
+TIMES = {"seconds", "tokens_per_second", "times_floor", "seconds_left", "seconds_to_finish"}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """The executed notebook on sessions that end, and what the cell with a piece of source printed."""
+    folder = tmp_path_factory.mktemp("resumed")
+    path = shrunk(
+        "05_resume_after_a_timeout.ipynb",
+        folder,
+        {
+            "kd_runs/timeout": str(folder / "runs"),
+            "SECONDS = 60": "SECONDS = 15",
+            'corpus("student")': 'corpus("student")[:6]',
+            'corpus("held_out")': 'corpus("held_out")[:1]',
+            "window=128": "window=64",
+            "save_minutes=0.1": "save_minutes=0.02",
+        },
+    )
+    return nbformat.read(run_notebook(path, folder / "resumed", timeout=300), as_version=4)
+
+
+@pytest.fixture(scope="module")
+def stored_resumed():
+    return nbformat.read(NOTEBOOKS / "05_resume_after_a_timeout.ipynb", as_version=4)
+
+
+def printed(notebook, piece: str) -> str:
+    (cell,) = [c for c in notebook.cells if c.cell_type == "code" and piece in c.source]
+    return "".join(o.get("text", "") for o in cell.outputs)
+
+
+@pytest.mark.parametrize("which", ["resumed", "stored_resumed"])
+def test_a_run_that_is_stopped_killed_and_damaged_ends_as_if_nothing_had_happened(which, request):
+    notebook = request.getfixturevalue(which)
+    first, second = printed(notebook, "hours=SECONDS / 3600"), printed(notebook, "def late_enough")
+    third = printed(notebook, "^= 1")
+    assert "the session's time is over" in first
+    assert "exit status 0" in first
+    (stopped,) = re.findall(r"stopped at step (\d+)", first)
+    assert f"resumed: from step-{stopped:0>8}" in second or stopped == "0"
+    assert "-> killed" in second
+
+    saved = re.findall(r"\d+", second.split("the checkpoints are of the steps")[1])
+    assert f"step-{saved[-1]:0>8}  model.safetensors: expected sha256" in third
+    assert f"resumed: from step-{saved[-2]:0>8}" in third
+    assert "finished" in third
+
+    groups = re.findall(r"(\w+) +(\d+) of +(\d+) tensors are equal", printed(notebook, "checkpoint.load_checkpoint"))
+    assert [name for name, *_ in groups] == ["model", "aux", "optim", "rng"]
+    assert all(equal == count != "0" for _, equal, count in groups)
+    for line in printed(notebook, 'different("train")').splitlines():
+        assert set(line.split("different: ")[1].split(", ")) <= TIMES
+    assert len(outputs(notebook, "image/png")) == 1
+
+
+@pytest.mark.parametrize("which", ["resumed", "stored_resumed"])
+def test_a_run_is_found_at_its_mirror_after_its_folder_is_lost(which, request):
+    notebook = request.getfixturevalue(which)
+    assert "-> killed" in printed(notebook, "first_machine")
+    second = printed(notebook, '"second_machine"')
+    assert re.search(r"goes on from step [1-9]\d* of run \w+: .*, brought from .* \(mirror\)", second)
+    assert "stopped at step 40: finished" in second
+
+
+def test_the_stored_sessions_name_no_folder_of_the_machine_they_ran_on(stored_resumed):
+    texts = [o.get("text", "") for c in stored_resumed.cells if c.cell_type == "code" for o in c.outputs]
+    assert len("".join(texts)) > 2000
+    assert not re.findall(r"(?<![\w.])/\w+/\w+", "".join(texts))

@@ -11,7 +11,7 @@ import math
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +223,7 @@ def memory_campaign(
     seed: int,
     count: int,
     progress: Callable[[str], None] = lambda line: None,
-    numbers: list[int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Counts:
     """``count`` runs whose memory does not suffice somewhere; ``numbers``: only these of them."""
     counts = Counts("lack of memory")

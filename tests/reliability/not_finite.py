@@ -72,11 +72,16 @@ class Blow:
         return any(PIECES * self.first <= position < end for position in positions)
 
     def guilty(self, batches: Sequence[DistillBatch]) -> set[int]:
-        """The windows of a step that it goes into."""
+        """The windows of a step that it goes into; of what the teacher says only those where anything is read."""
+        pieces = []
+        for batch in batches:
+            read = batch.taught.any(-1) if self.kind.startswith("teacher") else [True] * len(batch.sample)
+            pieces.append([int(window) for window, any_read in zip(batch.sample, read, strict=True) if any_read])
         if self.one_window:
-            sample = batches[self.piece % len(batches)].sample
-            return {int(sample[self.row % len(sample)])}
-        return {int(window) for batch in batches for window in batch.sample}
+            pieces = [piece for piece in pieces if piece]
+            piece = pieces[self.piece % len(pieces)]
+            return {piece[self.row % len(piece)]}
+        return {window for piece in pieces for window in piece}
 
     @property
     def stops(self) -> str:
@@ -118,7 +123,9 @@ def places() -> dict[str, list[str]]:
         "weight": trained,
         "teacher signal": [""],
         # not all tokens and experts are used in every step
-        "teacher weight": [f"teacher.{n}" for n, _ in model.named_parameters() if "embed" not in n and "expert" not in n],
+        "teacher weight": [
+            f"teacher.{n}" for n, _ in model.named_parameters() if "embed" not in n and "expert" not in n
+        ],
     }
 
 
@@ -312,6 +319,7 @@ def run_told(
 
     Args:
         left_out: ranges of batches. compared: as of :class:`Strikes`, for the steps not to take.
+        steps: it ends behind; None for all.
     """
     begin(5)
     trainer = build_run(folder, **settings_of(blow, again=False))
@@ -338,10 +346,14 @@ def run_told(
             trainer_file.take_gradients = take
 
     trainer._train_step, trainer._went_back = told_step, lambda *arguments: False
-    trainer.fit(steps)
+    if steps == 0:
+        trainer.save()
+    else:
+        trainer.fit(steps)
 
 
 RECOVERY = ("state/returns", "state/failed_at", "history/")
+"""What a run that went back need not share with one that never had to; the history is compared by itself."""
 
 
 def what_differs(folder: Path, other: Path, not_taken: Sequence[tuple[int, ...]]) -> list[str]:
@@ -394,8 +406,8 @@ def broken_by(folder: Path, blow: Blow, reason: str, strikes: Strikes) -> str:
     told = folder.with_name(f"{folder.name}-told")
     try:
         if reason != "finished":
-            # where weights are struck, the batch before counts as their cause
-            run_told(told, blow, steps=blow.first)
+            # broken weights cannot be kept: then it stops as it stood at the checkpoint before
+            run_told(told, blow, steps=state["step"] if blow.kind == "weight" else blow.first)
             tensors = ("model/", "aux/", "optim/")
             one, other = ({n: v for n, v in outcome(run).items() if n.startswith(tensors)} for run in (folder, told))
             different = differences(one, other)
@@ -426,9 +438,13 @@ def unsaid_by(folder: Path, blow: Blow, data) -> str:
 
 
 def finite_campaign(
-    folder: Path, seed: int, count: int, progress: Callable[[str], None] = lambda line: None, numbers=None
+    folder: Path,
+    seed: int,
+    count: int,
+    progress: Callable[[str], None] = lambda line: None,
+    numbers: Sequence[int] | None = None,
 ) -> Counts:
-    """``count`` runs, each with numbers that are not finite put into it somewhere."""
+    """``count`` runs, each with numbers that are not finite put into it somewhere; ``numbers``: only these of them."""
     counts, kinds = Counts("numbers that are not finite"), {}
     for number in range(count) if numbers is None else numbers:
         blow, run = random_blow(random.Random(f"{seed} {number}")), folder / f"blow-{number}"

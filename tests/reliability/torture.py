@@ -26,6 +26,8 @@ import numpy as np
 from bad_rows import LIMIT, WINDOW, bad_rows
 from campaign import Counts, kill_campaign, table
 from helpers import pages, pair
+from memory_lack import memory_campaign
+from not_finite import finite_campaign
 from simulated_clock import clock_campaign
 
 from kd_kit import build_data
@@ -54,6 +56,8 @@ def rows_campaign(folder: Path, seed: int, count: int, progress: Callable[[str],
 
 CAMPAIGNS: dict[str, tuple[Callable[..., Counts], int, int]] = {
     "kills": (kill_campaign, 200, 20),
+    "numbers": (finite_campaign, 100, 10),
+    "memory": (memory_campaign, 20, 8),
     "clocks": (clock_campaign, 50, 8),
     "rows": (rows_campaign, 10_000, 1_000),
 }

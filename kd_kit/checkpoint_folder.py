@@ -156,7 +156,7 @@ def find_checkpoint(
     candidates, refusals = [], []
     for path in step_folders(checkpoint_root(run_folder)):
         try:
-            candidates.append(_read_manifest(path))
+            candidates.append(read_manifest(path))
         except OSError as error:
             refusals.append(refuse(path, error))
     for info in sorted(candidates, key=lambda info: (info.step, info.save_number), reverse=True):
@@ -183,7 +183,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> 
         DamagedCheckpoint: it is not what its manifest says.
         CheckpointError: it must not be read: another format, a pickle beside it.
     """
-    info = _read_manifest(Path(path))
+    info = read_manifest(Path(path))
     _check_files(info)
     if verify:
         _check_hashes(info)
@@ -262,7 +262,13 @@ def _line(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _read_manifest(path: Path) -> CheckpointInfo:
+def read_manifest(path: Path) -> CheckpointInfo:
+    """What the manifest in a folder says; the files that it names are not looked at.
+
+    Raises:
+        DamagedCheckpoint: it is not what was sealed, or names files that are not of our making.
+        CheckpointError: no folder, or another format.
+    """
     if path.is_symlink() or not path.is_dir():
         raise CheckpointError("expected a folder, got a link or a file")
     manifest = read_json(path / MANIFEST)

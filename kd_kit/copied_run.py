@@ -31,11 +31,9 @@ from kd_kit.checkpoint_folder import (
     StoredFile,
     checkpoint_root,
     inspect_checkpoint,
+    read_manifest,
     seal,
     step_folders,
-)
-from kd_kit.checkpoint_folder import (
-    _read_manifest as read_manifest,
 )
 
 WEIGHTS = ("initial.safetensors", "best.safetensors")

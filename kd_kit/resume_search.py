@@ -219,7 +219,8 @@ class _Search:
                 else:
                     self.refusals.append(found.refusal(reason))
         except OSError as error:
-            self.refusals.append(Refusal(address, f"the mirror cannot be asked: {error}"))
+            said = str(error).removeprefix(f"{address}: ")
+            self.refusals.append(Refusal(address, f"the mirror cannot be asked: {said}"))
         self.refusals += [Refusal(address, reason) for reason in getattr(place, "refused", ())]
 
     # ---- refusing

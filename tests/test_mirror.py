@@ -201,14 +201,14 @@ def test_old_copies_that_remain_are_told_once_until_they_are_gone(tmp_path):
 
 
 def test_closing_in_the_middle_leaves_no_snapshot_and_sends_no_more(tmp_path):
-    busy, go, ended = threading.Event(), threading.Event(), threading.Event()
+    busy, go, ended, seen = threading.Event(), threading.Event(), threading.Event(), []
 
     def hang(alive):
         busy.set()
         go.wait(30)
+        seen.append(alive())
         ended.set()
-        if not alive():
-            raise MirrorError("given up")
+        raise MirrorError("given up")
 
     place = FakePlace(hang)
     mirror = Mirror(place, tmp_path)
@@ -219,7 +219,7 @@ def test_closing_in_the_middle_leaves_no_snapshot_and_sends_no_more(tmp_path):
     mirror.close()
     assert list(tmp_path.glob(".mirror-*")) == []
     go.set()
-    assert ended.wait(30)
+    assert ended.wait(30) and seen == [False]
     mirror.take(save(tmp_path, 3))
     assert place.steps == [] and list(tmp_path.glob(".mirror-*")) == []
 

@@ -273,6 +273,31 @@ def test_a_slow_upload_is_ended_at_its_next_block(flaky, tmp_path):
     assert not any(name.endswith("MANIFEST.json") for name in Flaky.store)
 
 
+def test_the_manifest_is_sent_last(flaky, tmp_path, monkeypatch):
+    sent, put_file = [], Flaky.put_file
+    monkeypatch.setattr(Flaky, "put_file", lambda self, *args, **k: (sent.append(args[1]), put_file(self, *args, **k)))
+    fill(flaky, tmp_path, 1)
+    assert [name.rpartition("/")[2] for name in sent if "ckpt" in name] == [
+        "model.safetensors",
+        "state.json",
+        "MANIFEST.json",
+    ]
+
+
+def test_a_copy_that_takes_the_name_of_another_is_none_until_it_is_whole(flaky, tmp_path):
+    def fail_at_the_state(self, name, *args):
+        if name == "put_file" and "state.json" in args[1]:
+            fail(self, name)
+        type(self).at = type(self).calls
+
+    flaky.upload(run_copy(tmp_path / "other", 1, run_id="b"), lambda: True)
+    Flaky.prepare(0, fail_at_the_state)
+    with pytest.raises(MirrorError):
+        fill(flaky, tmp_path, 1)
+    Flaky.prepare()
+    assert flaky.newest() == []
+
+
 def test_old_copies_that_cannot_be_removed_cost_no_new_one(flaky, tmp_path, monkeypatch):
     fill(flaky, tmp_path, 1, 2)
     monkeypatch.setattr(Flaky, "rm", lambda self, path, **_: fail(self, "rm") if "ckpt" in path else None)

@@ -123,7 +123,8 @@ class PrintLines(Callback):
         self._tell_events(trainer)
         self.print(f"stopped at step {trainer.step:,}: {trainer.stop_reason}")
         best = getattr(trainer, "best_step", None)
-        if best is not None and best < trainer.step and not trainer.stopped_early:
+        evaluated = trainer.history.evaluations()[0]
+        if best is not None and evaluated and best < evaluated[-1] and not trainer.stopped_early:
             figure = f"{trainer.best:.4f} bits per byte"
             self.print(f"the best evaluation was at step {best:,} ({figure}); trainer.load_best() takes its weights")
         if (hint := trainer.how_to_go_on()) is not None:

@@ -184,7 +184,7 @@ class Keeping:
             self._event("alarm", f"not saved: {error}")
             if self._loop is None:
                 raise
-            self._go_back("the state is not finite", [[self.cursor.position - 1]])
+            self._go_back("the state is not finite", [[self.cursor.position - 1]], harmed=True)
 
     def _save_weights_alone(self) -> str:
         """Where there is no room for a checkpoint. Returns what became of it, in words."""

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from kd_kit.fault import Fault, build_fault, write_fault
-from kd_kit.fault_trace import Trace, trace
+from kd_kit.fault_trace import Trace, broken_weights, trace
 from kd_kit.train_step import StepResult
 from kd_kit.types import DistillBatch
 
@@ -112,7 +112,7 @@ class Recovery:
     def _went_back(self, done: StepResult, batches: Sequence[DistillBatch], positions: list[int]) -> bool:
         """After a step that was not taken: look for the cause; True where the run went back to a checkpoint."""
         scale = None if done.loss_scale is None else float(done.loss_scale)
-        if scale is not None and scale > 1 and bool(torch.isfinite(done.sums).all()):
+        if scale is not None and scale > 1 and bool(torch.isfinite(done.total)):
             return False  # the scaler lowers its scale with every such step, down to 1
         self._bad.append(positions)
         guilty = None
@@ -125,10 +125,16 @@ class Recovery:
             return False
         if guilty is not None and guilty.where == "weights":
             harm = [max(positions[0] - 1, 0)]  # a batch of the step before, the one that did it
-            return self._go_back("the weights are not finite", [harm, positions])
+            return self._go_back("the weights are not finite", [harm, positions], harmed=True)
         if len(self._bad) >= IN_A_ROW:
             return self._go_back(f"{len(self._bad)} steps in a row without a finite gradient", self._bad)
         return False
+
+    def _refuse_broken_weights(self, positions: Sequence[int]) -> None:
+        """Behind the last step of a session: go back where it broke the weights, which no later step would show."""
+        found = broken_weights(self)
+        if found is not None and not str(found.layer).startswith("teacher"):
+            self._go_back("the weights are not finite", [list(positions)], harmed=True)
 
     def _write_down(self, batches: Sequence[DistillBatch], positions: list[int], scale: float | None) -> Fault:
         fault = build_fault(
@@ -142,37 +148,38 @@ class Recovery:
         self._event("alarm", f"{fault.title}; kd.last_fault() shows more")
         return write_fault(fault, batches, self.session.folder)
 
-    def _go_back(self, why: str, bad: list[list[int]]) -> bool:
+    def _go_back(self, why: str, bad: list[list[int]], *, harmed: bool = False) -> bool:
         """To the last good checkpoint, and past the batches of the steps that failed; False where the run stops.
 
         Args:
             bad: positions of these steps.
+            harmed: the state itself is not finite, so that a run that stops goes back, too: it could not be saved.
         """
         self._flush()
         failed = self.step
         if failed > self.failed_at:  # it had got past the last such place: this is another one
             self.returns = 0
         if self.returns >= MOST_RETURNS:
-            self.stop_reason = (
-                f"no finite gradient, after going back {self.returns} times; kd.last_fault() shows where it began"
-            )
-            return False
+            times = f"after going back {self.returns} times"
+            self.stop_reason = f"no finite gradient, {times}; kd.last_fault() shows where it began"
+            if not harmed:
+                return False
         first, behind = bad[0][0], bad[-1][-1] + 1
         returns, micro_batch, save_number = self.returns + 1, self.micro_batch, self.save_number
         self._prepare()
         self._log = self._new_log()
         self._resume()
         self._resumed = True
-        self.returns, self.failed_at, self.micro_batch = returns, failed, micro_batch
+        self.returns, self.failed_at, self.micro_batch = min(returns, MOST_RETURNS), failed, micro_batch
         self.save_number = max(self.save_number, save_number)
-        self.cursor = self.cursor.without(first, behind)
+        first = max(first, self.cursor.position)  # the checkpoint is good, and so are the batches before it
+        past = ""
+        if first < behind:
+            self.cursor = self.cursor.without(first, behind)
+            past = f", and past batches {first:,} to {behind - 1:,} of the run's order"
         self._bad = []
         self._begin()
-        self._event(
-            "alarm",
-            f"{why}: back from step {failed:,} to step {self.step:,}, and past batches {first:,} to {behind - 1:,} of "
-            "the run's order",
-        )
+        self._event("alarm", f"{why}: back from step {failed:,} to step {self.step:,}{past}")
         self._save_or_warn()  # so that a session that ends now need not find this out once more
         return True
 

@@ -49,6 +49,9 @@ def save_weights(student: nn.Module, path: Path, **about) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(_untied(student), beside, metadata={key: str(value) for key, value in about.items()})
+        beside.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,12 +22,14 @@ class StepResult:
 
     Attributes:
         counts: positions of every term. predicted, aligned, taught: positions of the batches.
+        sums: of every term. total: the loss that was differentiated.
         norm, loss_scale, skipped: of the second half; skipped says that the step was not taken, since its gradient was
             not finite.
     """
 
     counts: list[int]
     sums: Tensor
+    total: Tensor
     extras: dict[str, Tensor]
     tail: Tensor | None
     tail_rows: int
@@ -68,7 +69,8 @@ def take_gradients(
     optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
     reading = next(iter(module.needs.readings), None)  # whose tail is recorded
     asked = teacher is not None and module.needs.teacher
-    sums, tail = torch.zeros(len(terms), device=device), torch.zeros((), device=device)
+    sums, whole = torch.zeros(len(terms), device=device), torch.zeros((), device=device)
+    tail = torch.zeros((), device=device)
     extras: dict[str, Tensor] = {}
     gradients: Tensor | None = None
     for number, batch in enumerate(batches):
@@ -78,6 +80,7 @@ def take_gradients(
             total, part, measured = prepared(batch, signal, scales, measure and number == 0)
             accelerator.backward(total)
         sums += part
+        whole += total.detach().float()
         gradients = measured.pop("gradients", gradients)
         for name, value in measured.items():
             extras[name] = extras[name] + value if name in extras else value
@@ -86,6 +89,7 @@ def take_gradients(
     return StepResult(
         counts=counts,
         sums=sums,
+        total=whole,
         extras=extras,
         tail=tail if reading else None,
         tail_rows=sum(ROWS[reading.over](b) for b in batches) if reading else 0,
@@ -109,7 +113,8 @@ def apply_gradients(
         group["lr"] = rate * group["rate_factor"]
     accelerator.unscale_gradients()
     norm = clip_gradients(module, max_grad_norm)
-    skipped = accelerator.scaler is None and not math.isfinite(float(norm))
+    # a loss that is not finite may have a finite gradient; what it says is wrong all the same
+    skipped = accelerator.scaler is None and not bool(torch.isfinite(torch.stack([norm, measured.total])).all())
     if not skipped:  # a scaler sees to this itself
         optimizer.step()
         skipped = bool(optimizer.step_was_skipped)

@@ -17,6 +17,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from accelerate.utils import set_seed
+
 from kd_kit import checkpoint
 from kd_kit.balance import Balance, fixed
 from kd_kit.callbacks import EarlyStopping, PrintLines
@@ -289,6 +291,8 @@ class Trainer(Keeping, Steering, Recovery):
                 self._after_step(end)
             self._longest_pause = max(self._longest_pause, self.session.now() - trained)
             self._heed(requests)
+            if self.step >= min(end, self.total_steps) or self.stop_reason is not None:
+                self._refuse_broken_weights(positions)
         self._rng = capture_rng()
         self._feed = None  # ends the processes that prepare batches
         self._flush()
@@ -310,6 +314,10 @@ class Trainer(Keeping, Steering, Recovery):
         self._first_step = self.step
         if self._rng is not None:
             restore_rng(*self._rng)
+        elif (
+            self.step == 0
+        ):  # what dropout draws, the same whatever was drawn before, and after going back to the start
+            set_seed(self.settings["seed"])
 
     def replace_terms(self, terms: Sequence[LossTerm]) -> str:
         """Go on with these terms, bound to the models; see :func:`kd_kit.trainer_builder.change_terms`."""

@@ -113,7 +113,8 @@ def build_trainer(
         accumulation: batches per optimizer step.
         more_experts: experts per token of a second pass of a mixture teacher; its next-token distribution is then the
             mean of both passes. Costs a second teacher pass per step.
-        seed: of the order of the data.
+        seed: of the order of the data, and of what dropout draws: ``fit`` seeds the generators of Python, numpy and
+            torch when a run begins.
         eval_every: steps between evaluations; a tenth of the run if left out. eval_windows: held-out windows that
             each of them looks at, spread evenly (:func:`kd_kit.evaluate` looks at all).
         log_every: steps between printed lines. measure_every: steps between two comparisons of the terms' gradients,

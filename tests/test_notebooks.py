@@ -237,7 +237,7 @@ def resumed(tmp_path_factory):
             'corpus("student")': 'corpus("student")[:6]',
             'corpus("held_out")': 'corpus("held_out")[:1]',
             "window=128": "window=64",
-            "save_minutes=0.1": "save_minutes=0.02",
+            "save_minutes=0.1": "save_minutes=0.04",
         },
     )
     return nbformat.read(run_notebook(path, folder / "resumed", timeout=300), as_version=4)
@@ -283,7 +283,7 @@ def test_a_run_is_found_at_its_mirror_after_its_folder_is_lost(which, request):
     assert "-> killed" in printed(notebook, "first_machine")
     second = printed(notebook, '"second_machine"')
     assert re.search(r"goes on from step [1-9]\d* of run \w+: .*, brought from .* \(mirror\)", second)
-    assert "stopped at step 40: finished" in second
+    assert "stopped at step 20: finished" in second
 
 
 def test_the_stored_sessions_name_no_folder_of_the_machine_they_ran_on(stored_resumed):

@@ -20,10 +20,13 @@ from helpers import (
 )
 
 from kd_kit import contrastive_term, kd_term, last_fault, lm_term
+from kd_kit.checkpoint import find_checkpoint
 from kd_kit.history import History
 from kd_kit.module import DistillModule
 from kd_kit.recovery import IN_A_ROW, MOST_RETURNS, is_out_of_memory
+from kd_kit.terms import LossTerm
 from kd_kit.trainer import Trainer
+from kd_kit.types import LossValue
 
 
 def terms(seed: int = 0):
@@ -331,6 +334,68 @@ def test_weights_that_are_not_finite_are_the_checkpoints_again(tmp_path):
     (text,) = [t for t in alarms(trainer) if "back from" in t]
     assert text.startswith("the weights are not finite: back from step 6 to step 2, and past batches 4 to 5")
     assert all(t.isfinite().all() for t in weights_of(trainer).values())
+
+
+@pytest.mark.parametrize("stop", [None, 7])
+def test_weights_that_break_in_the_last_step_of_a_session_are_the_checkpoints_again(tmp_path, stop):
+    class Spoil:
+        def on_evaluate(self, trainer):
+            if trainer.step == (stop or 12) and trainer.failed_at == 0:
+                with torch.no_grad():
+                    next(trainer.student.parameters())[0] = math.nan
+
+    trainer = trainer_at(tmp_path / "run", eval_every=stop or 12)
+    trainer.fit(steps=3)
+    trainer.callbacks.append(Spoil())
+    assert trainer.fit(steps=stop and stop - 3) == ("finished" if stop is None else "paused")
+    assert trainer.step == (stop or 12) and trainer.cursor.left_out != ()
+    assert all(t.isfinite().all() for t in weights_of(trainer).values())
+    assert find_checkpoint(tmp_path / "run")[0].step == trainer.step
+
+
+def test_a_run_that_ends_with_broken_weights_time_after_time_stops_with_the_last_good_ones(tmp_path):
+    class Spoil:
+        def on_evaluate(self, trainer):
+            if trainer.step == 12:
+                with torch.no_grad():
+                    next(trainer.student.parameters())[0] = math.nan
+
+    trainer = trainer_at(tmp_path / "run")
+    trainer.fit(steps=3)
+    trainer.callbacks.append(Spoil())
+    assert trainer.fit().startswith("no finite gradient, after going back 3 times")
+    assert trainer.step == 3
+    assert all(t.isfinite().all() for t in weights_of(trainer).values())
+
+
+def test_a_loss_that_is_not_finite_is_not_learnt_from_even_if_its_gradient_is(tmp_path):
+    def wild(output, signal, batch):
+        constant = math.nan if 5 in batch.sample.tolist() else 0.0
+        return LossValue(output.hidden.float().sum() * 0 + constant, torch.ones(()))
+
+    spoilt = LossTerm(name="wild", weight=0.1, unit="", healthy=(0, 1), value=wild, over=lambda batch: 1)
+    trainer = trainer_at(tmp_path / "run", terms=[lm_term(0.9), spoilt])
+    assert trainer.fit() == "finished"
+    assert trainer.skipped_steps >= 1
+    assert (last_fault(trainer).where, last_fault(trainer).term) == ("term", "wild")
+
+
+def test_going_back_to_the_start_draws_the_same_random_numbers(tmp_path, bad_batches):
+    bad_batches.update(range(4, 9))
+
+    def dropping(name: str):
+        student = tiny_student(0, attention_dropout=0.3)
+        return make_trainer(tmp_path / name, student=student, terms=terms(), steps=10, eval_every=10)
+
+    trainer = dropping("run")
+    trainer.fit()
+    bad_batches.clear()
+    torch.rand(7)
+    other = dropping("other")
+    other.cursor = other.cursor.without(4, 9)
+    other._resumed = True
+    other.fit()
+    assert_same_tensors(weights_of(other), weights_of(trainer))
 
 
 def test_a_state_that_is_not_finite_is_not_saved_and_the_run_goes_back(tmp_path):

@@ -94,7 +94,7 @@ def skipping() -> tuple[float, float]:
 
 
 def copying(folder: Path, info) -> tuple[float, float, float]:
-    """Seconds to hand a checkpoint over to the mirror's thread, until it has arrived in a folder, and to get it back."""
+    """Seconds to hand a checkpoint to the mirror's thread, until it has arrived in a folder, and to get it back."""
     from kd_kit.mirror import Mirror
     from kd_kit.mirror_places import open_place
 
@@ -140,7 +140,7 @@ def main() -> None:
         ("checkpoint", f"{info.size / 1e9:.2f} GB"),
         ("a save, median of 3", f"{save:.1f} s"),
         (
-            f"share of a run's time, one save per {interval:.0f} s (the larger of {SAVE_SECONDS} s and {SAVE_SHARE} saves)",
+            f"share of a run's time, one per {interval:.0f} s (the larger of {SAVE_SECONDS} s and {SAVE_SHARE} saves)",
             f"{save / (save + interval):.1%}",
         ),
         ("finding, checking and loading it, in a fresh process", f"{found['resume']:.1f} s"),

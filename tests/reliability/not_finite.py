@@ -107,7 +107,9 @@ def places() -> dict[str, list[str]]:
 
         for name, module in tokens.get_decoder().named_modules():
             name = f"model.{name}".removesuffix(".")
-            if name != "model":  # its output has a class of its own, and is the last norm's
+            # the body's output is the last norm's; and PyTorch's attention on the CPU makes finite numbers of queries
+            # and keys that are not, where a window is short
+            if name != "model" and not name.endswith(("q_proj", "k_proj", "q_norm", "k_norm")):
                 handles.append(module.register_forward_hook(lambda m, a, out, name=name, note=note: note(name, out)))
         with torch.no_grad():
             tokens.get_decoder()(input_ids=torch.ones(3, 5, dtype=torch.long), use_cache=False)

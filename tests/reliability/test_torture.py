@@ -83,9 +83,7 @@ def test_the_campaign_sees_a_wrong_place_and_another_run(tmp_path, monkeypatch):
     monkeypatch.setattr(recovery, "trace", lambda *a, **k: Trace("student", layer="student.model.norm"))
     counts = finite_campaign(tmp_path / "place", 1, 1, numbers=[0])
     assert (counts.lost, counts.silent) == (0, 1)
-    assert (
-        "seed 1, number 0: step 11: expected ('student', 'student.model.layers.1.self_attn.o_proj')" in counts.notes[0]
-    )
+    assert "seed 1, number 0: step 11: expected ('student', 'student.model.layers.1.mlp.act_fn')" in counts.notes[0]
     monkeypatch.undo()
     monkeypatch.setattr("not_finite.IN_A_ROW", 4)
     counts = finite_campaign(tmp_path / "row", 1, 1, numbers=[11])

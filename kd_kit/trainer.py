@@ -314,9 +314,7 @@ class Trainer(Keeping, Steering, Recovery):
         self._first_step = self.step
         if self._rng is not None:
             restore_rng(*self._rng)
-        elif (
-            self.step == 0
-        ):  # what dropout draws, the same whatever was drawn before, and after going back to the start
+        elif self.step == 0:  # so that dropout draws the same in every such run, also when it is back at its start
             set_seed(self.settings["seed"])
 
     def replace_terms(self, terms: Sequence[LossTerm]) -> str:

@@ -28,6 +28,9 @@ START = "initial.safetensors"
 LAST = "last.safetensors"
 """Weights alone, where the disk had no room for a checkpoint."""
 
+PAUSE_PART = 8
+"""At most this part of a session is taken for the length of a pause only because an earlier session had such a one."""
+
 
 class Keeping:
     """The half of a :class:`kd_kit.trainer.Trainer` that knows its folder."""
@@ -93,6 +96,14 @@ class Keeping:
         return found
 
     def _resume(self) -> bool:
+        return self._take(self._stored())
+
+    def _stored(self) -> tuple[checkpoint.CheckpointInfo, dict, dict] | None:
+        """The newest good checkpoint of the run folder, with what is in it; None where there is none.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them can be used.
+        """
         checkpoint.remove_leftovers(self.session.folder)
         for path in self.session.folder.glob(".*.tmp"):  # half-written by a process that was killed: the lock is ours
             with contextlib.suppress(OSError):
@@ -105,7 +116,12 @@ class Keeping:
                 f"Trainer: expected a usable checkpoint in {str(self.session.folder / 'ckpt')!r}, got only refused "
                 "ones; repair it, or start anew under another name: build_session(run=...)"
             )
-        if info is None:
+        return None if info is None else (info, *checkpoint.load_checkpoint(info))
+
+    def _take(self, stored: tuple[checkpoint.CheckpointInfo, dict, dict] | None) -> bool:
+        """Go on from what :meth:`_stored` found; False where that is the start."""
+        self._holds_best = False
+        if stored is None:
             # the start that the folder holds, whatever an earlier cell or session did to this student
             self._load_start(self.student)
             self.module.parts.load_state_dict(self._parts_start)
@@ -113,9 +129,8 @@ class Keeping:
             self._log = self._new_log()
             self._record_run()
             return False
-        groups, state = checkpoint.load_checkpoint(info)
+        info, groups, state = stored
         self._load(groups, state)
-        self._holds_best = False
         self.history.rewind(self.step)
         self._find_best()
         self._log = self._new_log()
@@ -209,8 +224,15 @@ class Keeping:
         if found:
             self.best, self.best_step = min(found)
         kept = self.session.folder / "best.safetensors"
-        if kept.exists() and int(weights_about(kept).get("step", 0)) > self.step:
-            kept.unlink()  # of steps that are forgotten
+        if not kept.exists():
+            return
+        try:
+            step = int(weights_about(kept).get("step", 0))
+        except (OSError, SafetensorError, ValueError) as error:  # a machine that lost its power, a flipped bit
+            self._event("alarm", f"{kept.name} cannot be read, and is given up: {error}")
+            step = math.inf
+        if step > self.step:
+            kept.unlink()  # damaged, or of steps that are forgotten
             if self.best_step == self.step:
                 self._keep_best()
 
@@ -306,7 +328,9 @@ class Keeping:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         if not self._step_seconds:
             self._step_seconds.append(state["step_seconds"])
-        self._longest_pause = max(self._longest_pause, state["longest_pause"])
+        # once a disk stood still for hours: no session may be too short for that from then on
+        pause = min(state["longest_pause"], (self.session.budget or math.inf) / PAUSE_PART)
+        self._longest_pause = max(self._longest_pause, pause)
         self.skipped_steps, self.save_number = state["skipped_steps"], state["save_number"]
         self.best, self.best_step = state["best"], state["best_step"]
         self.decay_from = state["decay_from"]

@@ -55,7 +55,6 @@ class Recovery:
     """
 
     def __init__(self):
-        self._bad: list[list[int]] = []  # positions of the steps in a row that had no finite gradient
         self._traced = self._spikes = 0
         self._usual_norms: deque[float] = deque(maxlen=_MEMORY)
 
@@ -139,7 +138,7 @@ class Recovery:
     def _write_down(self, batches: Sequence[DistillBatch], positions: list[int], scale: float | None) -> Fault:
         fault = build_fault(
             self,
-            trace(self, batches, shares=self.shares_at(self.step - 1)),
+            trace(self, self._pieces(batches), shares=self.shares_at(self.step - 1)),
             step=self.step,
             positions=positions,
             learning_rate=self.rate_at(self.step - 1),
@@ -154,6 +153,9 @@ class Recovery:
         Args:
             bad: positions of these steps.
             harmed: the state itself is not finite, so that a run that stops goes back, too: it could not be saved.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them can be used; nothing has changed.
         """
         self._flush()
         failed = self.step
@@ -165,23 +167,36 @@ class Recovery:
             if not harmed:
                 return False
         first, behind = bad[0][0], bad[-1][-1] + 1
-        returns, micro_batch, save_number = self.returns + 1, self.micro_batch, self.save_number
-        self._prepare()
-        self._log = self._new_log()
-        self._resume()
-        self._resumed = True
-        self.returns, self.failed_at, self.micro_batch = min(returns, MOST_RETURNS), failed, micro_batch
-        self.save_number = max(self.save_number, save_number)
+        left_out, returns = self.cursor.left_out, min(self.returns + 1, MOST_RETURNS)
+        self._take_back()
+        self.returns, self.failed_at = returns, failed
+        for passed in left_out:  # also those that a disk without room kept out of the checkpoint
+            self.cursor = self.cursor.without(*passed)
         first = max(first, self.cursor.position)  # the checkpoint is good, and so are the batches before it
         past = ""
         if first < behind:
             self.cursor = self.cursor.without(first, behind)
             past = f", and past batches {first:,} to {behind - 1:,} of the run's order"
-        self._bad = []
         self._begin()
         self._event("alarm", f"{why}: back from step {failed:,} to step {self.step:,}{past}")
         self._save_or_warn()  # so that a session that ends now need not find this out once more
         return True
+
+    def _take_back(self) -> None:
+        """The state of the last good checkpoint, or of the start; what the user and the memory have asked for stays.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them can be used; nothing has changed.
+        """
+        stored = self._stored()  # before anything is given up for it
+        kept = self.decay_from, self.micro_batch, self.save_number
+        self._prepare()
+        self._take(stored)
+        self._resumed = True
+        self.decay_from, self.micro_batch = kept[:2]
+        self.save_number = max(self.save_number, kept[2])
+        self._record_run()  # its length is that of the decay
+        self.stopped_early = False  # of the session that wrote the checkpoint
 
     # --- spikes -------------------------------------------------------------------------------------------------
 

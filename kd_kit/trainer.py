@@ -193,6 +193,7 @@ class Trainer(Keeping, Steering, Recovery):
         self.micro_batch = self.data.batch_size
         self.returns = self.failed_at = 0
         self._feed = None  # (position, batch) after (position, batch), from the cursor on
+        self._bad: list[list[int]] = []  # positions of the steps in a row that had no finite gradient
         self._resumed = False
         self._holds_best = False
         self._rng: tuple | None = None  # of the run while it is at rest: what other cells draw is not drawn from it
@@ -339,8 +340,10 @@ class Trainer(Keeping, Steering, Recovery):
             raise
         kept = self._state() if self.step else None
         save_number, best = self.save_number, (self.best, self.best_step)
+        stays = self.cursor, self.micro_batch, self.decay_from, self.returns, self.failed_at
         self._prepare()
         self.save_number, self.best, self.best_step = save_number, *best
+        self.cursor, self.micro_batch, self.decay_from, self.returns, self.failed_at = stays
         self._parts_start = copy.deepcopy(self.module.parts.state_dict())
         if kept is not None:
             groups, state = kept
@@ -451,6 +454,7 @@ class Trainer(Keeping, Steering, Recovery):
         )
         control.resume()
         control.decay_from = self.decay_from
+        control._record_run()
         for first, behind in self.cursor.left_out:
             control.cursor = control.cursor.without(first, behind)
         control.callbacks = [PrintLines(self.settings["log_every"], prefix="control  ")]

@@ -294,7 +294,7 @@ class Trial:
         one, batches = self._copy, self._batches[_BEFORE_SAVE]
         started = self._now()
         count = sum(len(batch.rows) for batch in batches)
-        for host in batches:
+        for host in one._pieces(batches):
             batch = host.to(self._device, non_blocking=True)
             if one.teacher is not None:
                 with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):

@@ -18,6 +18,7 @@ from kd_kit.facts import FAIL, LOOK, OK, Facts
 from kd_kit.preflight import run_preflight
 from kd_kit.readings import Needs
 from kd_kit.session import Session
+from kd_kit.table import span
 from kd_kit.terms import LossTerm
 from kd_kit.types import LossValue
 
@@ -603,7 +604,7 @@ def test_a_check_that_breaks_leaves_the_others(tmp_path, planned, monkeypatch):
 def test_words_for_sizes_and_times():
     assert [facts.gigabytes(n) for n in (2**19, 2**25, 3 * 2**30)] == ["0.5 MiB", "32 MiB", "3.0 GiB"]
     assert [facts.seconds(n) for n in (0.02, 0.5, 12)] == ["20 ms", "0.50 s", "12.0 s"]
-    assert [facts.span(n) for n in (20, 600, 9000)] == ["20 s", "10 min", "2.5 h"]
+    assert [span(n) for n in (20, 600, 9000)] == ["20 s", "10 min", "2.5 h"]
     assert [plan_checks._round_up(n) for n in (1, 3, 84, 101)] == [1, 5, 100, 200]
     assert [facts.percent(n) for n in (0, 0.5, 0.012, 1e-5)] == ["0%", "50%", "1.2%", "1.0e-05"]
 

@@ -19,13 +19,14 @@ from helpers import (
     with_scaler,
 )
 
-from kd_kit import contrastive_term, kd_term, last_fault, lm_term
-from kd_kit.checkpoint import find_checkpoint
+from kd_kit import LearningRate, contrastive_term, kd_term, last_fault, lm_term
+from kd_kit.checkpoint import CheckpointError, find_checkpoint
 from kd_kit.history import History
 from kd_kit.module import DistillModule
 from kd_kit.recovery import IN_A_ROW, MOST_RETURNS, is_out_of_memory
 from kd_kit.terms import LossTerm
 from kd_kit.trainer import Trainer
+from kd_kit.trainer_builder import change_terms
 from kd_kit.types import LossValue
 
 
@@ -479,3 +480,94 @@ def test_a_spike_is_written_down_with_its_text_and_the_run_goes_on(tmp_path, mon
     fault = last_fault(trainer)
     assert (fault.kind, fault.step, fault.positions, len(fault.windows)) == ("spike", 61, [60], 4)
     assert fault.texts[0] == trainer.data.train.text(fault.windows[0])[: len(fault.texts[0])]
+
+
+# --- what going back keeps, and what it may not break ----------------------------------------------------------------
+
+
+def test_the_search_for_the_cause_fits_into_the_memory_too(tmp_path, bad_batches, monkeypatch):
+    output, seen = DistillModule.output, []
+
+    def limited(self, batch, *arguments, **more):
+        seen.append(len(batch.sample))
+        if len(batch.sample) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return output(self, batch, *arguments, **more)
+
+    monkeypatch.setattr(DistillModule, "output", limited)
+    bad_batches.add(3)
+    trainer = trainer_at(tmp_path / "run", steps=6)
+    assert trainer.fit() == "finished"
+    assert "broke off" not in last_fault().note and seen.count(4) == 1
+
+
+def test_bad_steps_before_an_interrupt_do_not_count_after_it(tmp_path, bad_batches, monkeypatch):
+    """The run is at its checkpoint again: what was bad behind that is not behind it any more."""
+    bad_batches.update({8, 9, 10})
+    trainer = trainer_at(tmp_path / "run", steps=20, eval_every=20)
+    trainer.fit(steps=2)
+
+    def interrupted(end):
+        if trainer.step == 11:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "_after_step", interrupted)
+        trainer.fit()
+    bad_batches.clear()
+    bad_batches.update({2, 3})
+    assert trainer.fit() == "finished"
+    assert trainer.returns == 0 and trainer.cursor.left_out == () and trainer.skipped_steps == 2
+
+
+def test_going_back_to_damaged_checkpoints_alone_gives_nothing_up(tmp_path, bad_batches):
+    bad_batches.update(range(4, 9))
+    trainer = trainer_at(tmp_path / "run")
+    trainer.fit(steps=2)
+    weights = next((tmp_path / "run" / "ckpt").glob("step-*")) / "model.safetensors"
+    weights.write_bytes(bytes(reversed(weights.read_bytes())))
+    with pytest.raises(CheckpointError, match="got only refused ones"):
+        trainer.fit()
+    assert trainer.step == 9, "the state is still here"
+    assert trainer.save().step == 9
+    assert trainer.fit() == "finished"
+
+
+def test_a_disk_without_room_does_not_make_the_run_forget_what_it_left_out(tmp_path, bad_batches, monkeypatch):
+    """Also what a control was told to leave out, and an early decay, outlive going back to a start."""
+
+    def full(*arguments, **more):
+        raise CheckpointError(28, "save_checkpoint: no room")
+
+    trainer = trainer_at(tmp_path / "run", steps=40, eval_every=40, lr_schedule=LearningRate(decay=0.25))
+    trainer.cursor = trainer.cursor.without(1, 3)
+    trainer.decay_from, trainer._resumed = 15, True
+    bad_batches.update(range(4, 9))
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_kit.checkpoint.save_checkpoint", full)
+        with pytest.raises(CheckpointError, match="no room"):
+            trainer.fit()
+    assert trainer.cursor.left_out == ((1, 3), (4, 9))
+    assert trainer.step == trainer.total_steps == 25
+    assert trainer.history.last("run")["total_steps"] == 25
+
+
+def test_a_run_that_was_stopped_early_and_went_on_is_not_stopped_after_going_back(tmp_path, bad_batches):
+    trainer = trainer_at(tmp_path / "run", steps=20)
+    trainer.fit(steps=2)
+    trainer.stopped_early = True
+    trainer.save()
+    bad_batches.update(range(4, 9))
+    again = trainer_at(tmp_path / "run", seed=1, steps=20, early_stopping=None)
+    assert again.fit(steps=8) == "paused"
+    assert again.returns == 1 and not again.stopped_early
+
+
+def test_other_terms_before_the_first_step_keep_what_was_left_out(tmp_path, bad_batches):
+    bad_batches.update(range(IN_A_ROW))
+    trainer = trainer_at(tmp_path / "run")
+    trainer.callbacks = [type("Stop", (), {"on_save": lambda self, t: t.stop("enough")})()]
+    trainer.fit()
+    trainer.micro_batch = 2
+    change_terms(trainer, [lm_term(0.4), *terms()[1:]])
+    assert trainer.step == 0 and trainer.micro_batch == 2 and trainer.cursor.left_out == ((0, IN_A_ROW),)

@@ -1299,3 +1299,32 @@ def test_more_experts_than_there_are_is_refused_before_training(tmp_path, wanted
     with pytest.raises(ValueError, match=f"more_experts: expected {said}, got {wanted}"):
         make_trainer(tmp_path / "run", more_experts=wanted)
     assert not (tmp_path / "run").exists()
+
+
+def test_best_weights_that_cannot_be_read_do_not_stop_a_run(tmp_path):
+    make_trainer(tmp_path / "run").fit(steps=4)
+    best = tmp_path / "run" / "best.safetensors"
+    for content in (b"", best.read_bytes()[:100]):
+        best.write_bytes(content)
+        trainer = make_trainer(tmp_path / "run")
+        assert trainer.resume() and trainer.step == 4
+        assert any("best.safetensors cannot be read" in event["text"] for event in trainer.history.events)
+
+
+def test_the_best_weights_of_a_run_that_has_not_begun_do_not_stand_in_its_way(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.evaluate_now()
+    trainer.load_best()
+    assert trainer.fit() == "finished"
+    assert trainer.history.evaluations()[0] == [0, 2, 4, 6]
+
+
+def test_a_pause_of_an_earlier_session_does_not_take_all_of_a_later_one(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.fit(steps=2)
+    trainer._longest_pause = 3600.0
+    trainer.save()
+    session = Session(tmp_path / "run", device="cpu", precision="no", budget=1200.0, clock=lambda: 0.0)
+    session._started = 0.0
+    again = make_trainer(tmp_path / "run", session=session)
+    assert again.fit() == "finished"

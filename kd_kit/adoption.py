@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from kd_kit.checkpoint import crash_point, held, sync_folder
+from kd_kit.checkpoint import crash_point, held, settle, sync_folder, write_file
 from kd_kit.checkpoint_folder import (
     MANIFEST,
     CheckpointError,
@@ -157,9 +157,9 @@ def complete(folder: Path, name: str, info: CheckpointInfo, run: StoredRun) -> N
     with _staging_folder(checkpoint_root(folder)) as staging:
         if not (folder / METRICS).exists():
             write_evaluations(staging / METRICS, info)
-            _settle(staging / METRICS)
+            settle(staging / METRICS)
             os.replace(staging / METRICS, folder / METRICS)
-        _write(staging / RUN, _encoded_run(info.run_id, name, run.config))
+        write_file(staging / RUN, _encoded_run(info.run_id, name, run.config))
         os.replace(staging / RUN, folder / RUN)
         sync_folder(folder)
         shutil.rmtree(staging)
@@ -275,9 +275,9 @@ def _stage(staging: Path, folder: Path, name: str, source: Source, left: list[Re
         elif plain:
             _stage_weights(staging / beside, source, left)
     if not same_run:
-        _write(staging / RUN, _encoded_run(source.info.run_id, name, source.config))
+        write_file(staging / RUN, _encoded_run(source.info.run_id, name, source.config))
     remove = [] if same_run else [beside for beside in _BESIDE if not (staging / beside).exists()]
-    _write(staging / _PLAN, json.dumps({"step": source.info.step, "remove": remove}).encode())
+    write_file(staging / _PLAN, json.dumps({"step": source.info.step, "remove": remove}).encode())
     sync_folder(staging)
 
 
@@ -332,7 +332,7 @@ def _stage_metrics(target: Path, source: Source, left: list[Refusal]) -> None:
         text = f"{bad} lines of {METRICS} cannot be read and are left out"
         left.append(Refusal(path, text))
         append_records(target, [{"kind": "event", "step": source.info.step, "what": "resumed", "text": text}])
-    _settle(target)
+    settle(target)
 
 
 def _bring(source: Path, target: Path, *, limit: int, move: bool) -> StoredFile:
@@ -346,7 +346,7 @@ def _bring(source: Path, target: Path, *, limit: int, move: bool) -> StoredFile:
         raise DamagedCheckpoint(f"{source.name}: expected a plain file, got none")
     if move:
         os.rename(source, target)
-        return _settle(target)
+        return settle(target)
     try:
         # not through a link, and not waiting for a writer of a pipe, should it have become one since
         descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -373,19 +373,6 @@ def _bring(source: Path, target: Path, *, limit: int, move: bool) -> StoredFile:
 
 def _encoded_run(run_id: str, name: str, config: Mapping[str, Any]) -> bytes:
     return json.dumps({"run_id": run_id, "name": name, "config": dict(config)}, indent=1).encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    _settle(path)
-
-
-def _settle(path: Path) -> StoredFile:
-    """Force a file onto the disk; returns its size and hash."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return StoredFile(os.fstat(file.fileno()).st_size, sha256)
 
 
 # ---- publishing: renames alone, each of which may be the last one that this process does

@@ -133,7 +133,7 @@ def save_checkpoint(
                 name = f"{group}.safetensors"
                 files[name] = _write_group(staging / name, tensors, aliases[group])
                 crash_point(f"after-{group}")
-            files[STATE] = _write_file(staging / STATE, encoded_state)
+            files[STATE] = write_file(staging / STATE, encoded_state)
             crash_point("before-manifest")
             manifest = {
                 "format": FORMAT,
@@ -146,7 +146,7 @@ def save_checkpoint(
                 "versions": _versions(),
             }
             sealed = manifest | {"seal": seal(manifest)}
-            _write_file(staging / MANIFEST, json.dumps(sealed, indent=1).encode())
+            write_file(staging / MANIFEST, json.dumps(sealed, indent=1).encode())
             sync_folder(staging)
             crash_point("before-rename")
             # A folder cannot be renamed onto another, and moving the old one away first would leave a moment
@@ -306,7 +306,7 @@ def _write_group(path: Path, tensors: Mapping[str, Tensor], aliases: Mapping[str
     save_file(copies, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
     # safetensors makes files that only their owner can read; others shall see what the folder lets them see
     path.chmod(path.parent.stat().st_mode & 0o666)
-    return _settle(path)
+    return settle(path)
 
 
 def _cpu_copy(tensor: Tensor) -> Tensor:
@@ -315,12 +315,13 @@ def _cpu_copy(tensor: Tensor) -> Tensor:
     return plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _write_file(path: Path, content: bytes) -> StoredFile:
+def write_file(path: Path, content: bytes) -> StoredFile:
+    """A small file, forced onto the disk; returns its size and hash."""
     path.write_bytes(content)
-    return _settle(path)
+    return settle(path)
 
 
-def _settle(path: Path) -> StoredFile:
+def settle(path: Path) -> StoredFile:
     """Force a file that was just written onto the disk; returns its size and hash."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

@@ -438,7 +438,7 @@ def stop_inside_a_save(run):
         (Path(run) / "inside").touch()
         time.sleep(60)
 
-    checkpoint._settle = stop
+    checkpoint.settle = stop
     save(Path(run), 7)
 
 
@@ -616,7 +616,7 @@ def assert_failed_without_a_trace(run, before, error):
 def test_a_write_that_fails_leaves_the_earlier_ones_and_nothing_else(tmp_path, monkeypatch, at, kind):
     save(tmp_path, 1), save(tmp_path, 2)
     before = snapshot(tmp_path)
-    settle = checkpoint._settle
+    settle = checkpoint.settle
 
     def fail(path):
         if path.name == at:
@@ -624,7 +624,7 @@ def test_a_write_that_fails_leaves_the_earlier_ones_and_nothing_else(tmp_path, m
             raise ERRORS[kind]
         return settle(path)
 
-    monkeypatch.setattr(checkpoint, "_settle", fail)
+    monkeypatch.setattr(checkpoint, "settle", fail)
     with pytest.raises(CheckpointError) as caught:
         save(tmp_path, 3)
     assert caught.value.errno == (errno.EIO if kind == "RuntimeError" else errno.ENOSPC)
@@ -942,7 +942,7 @@ def test_a_sealed_manifest_is_not_believed_either(run, kind):
 
 
 def test_a_newer_format_is_refused_and_left_alone(run):
-    reseal(run / "ckpt/step-00000002", format=2)
+    reseal(run / "ckpt/step-00000002", format=checkpoint_folder.FORMAT + 1)
     found, refusals = find_checkpoint(run)
     assert found.step == 1 and f"expected format {checkpoint_folder.FORMAT}" in refusals[0].reason
     assert names(run) == ["step-00000001", "step-00000002"]

@@ -183,7 +183,16 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> 
         DamagedCheckpoint: it is not what its manifest says.
         CheckpointError: it must not be read: another format, a pickle beside it.
     """
-    info = read_manifest(Path(path))
+    path = Path(path)
+    if not os.path.lexists(path):
+        raise CheckpointError(f"inspect_checkpoint: expected a checkpoint's folder, got {str(path)!r}: there is none")
+    within = [str(p) for root in (path / "ckpt", path) if not (path / MANIFEST).exists() for p in step_folders(root)]
+    if within:
+        raise CheckpointError(
+            f"inspect_checkpoint: expected a checkpoint's folder, got {str(path)!r}; pass one of those within it: "
+            + ", ".join(within[-3:])
+        )
+    info = read_manifest(path)
     _check_files(info)
     if verify:
         _check_hashes(info)

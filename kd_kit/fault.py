@@ -151,7 +151,7 @@ class Fault:
                 "Fault.replay: expected a fault whose batches were kept, got one without; "
                 f"{self.note or 'the folder of the run holds those that were: kd.last_fault(trainer)'}"
             )
-        return replay(trainer, batches, self.windows)
+        return replay(trainer, batches, self.windows if self.where != "unknown" else ())
 
     # --- printing
 

@@ -75,7 +75,9 @@ class Replay:
                 )
                 for row in self.rows
             ),
-            "→ caused the fault; every term is the mean over its positions" + (f"\n{self.note}" if self.note else ""),
+            ("→ caused the fault; " if any(row.guilty for row in self.rows) else "")
+            + "every term is the mean over its positions"
+            + (f"\n{self.note}" if self.note else ""),
             words=("", "what", "forward", "gradient", "text"),
         )
 

@@ -40,8 +40,8 @@ def forecast(session: Session, *, to_go: float, reserve: float, lead: float) -> 
             f"before the first step and {span(reserve)} are kept for saving; give it more hours="
         )
     return (
-        f"{text}, this session has {span(max(left, 0))} for it: {count:.0f} sessions of "
-        f"{span(session.budget)} in all, this one included"
+        f"{text}, this session has {span(max(left, 0))} for it: {count:.0f} sessions of {span(session.budget)}, this "
+        "one included"
     )
 
 

@@ -55,12 +55,17 @@ class Keeping:
             if session.resume_from is not None:
                 raise
             return  # a living process trains here, which fit() says; the newest is what that one has
-        if place is not None and found.origin == "new" and any(path == place.address for path, _ in found.refusals):
-            print(found)
-            raise checkpoint.CheckpointError(
-                f"build_trainer: expected to see whether {place.address} holds this run, got no answer (above); a new "
-                "run would begin from nothing: try again, repair the address or its token, or leave mirror= out"
-            )
+        if place is not None and found.origin == "new":
+            asked = [reason for path, reason in found.refusals if path == place.address and "cannot be asked" in reason]
+            held = [path for path, _ in found.refusals if str(path).startswith(f"{place.address}: ")]
+            if asked or held:
+                print(found)
+                what = "no answer" if asked else f"{len(held)} checkpoints there that this run cannot go on from"
+                raise checkpoint.CheckpointError(
+                    f"build_trainer: expected {place.address} to hold nothing of {session.name!r}, or a run to go on "
+                    f"with, got {what} (above); a new run would begin from nothing: repair what is said there, give "
+                    "the run another name, build_session(run=...), or leave mirror= out"
+                )
         # what lies here and is another run's, or of another format, is said by those who read it
         here = [r for r in found.refusals if isinstance(r.path, Path) and r.path.parent.parent == session.folder]
         news = [r for r in found.refusals if r not in here or not r.path.exists()]
@@ -105,7 +110,8 @@ class Keeping:
             CheckpointError: there are checkpoints and none of them can be used.
         """
         checkpoint.remove_leftovers(self.session.folder)
-        for path in self.session.folder.glob(".*.tmp"):  # half-written by a process that was killed: the lock is ours
+        # half-written by a process that was killed, by us and by safetensors: the lock is ours
+        for path in (*self.session.folder.glob(".*.tmp"), *self.session.folder.glob(".tmp??????")):
             with contextlib.suppress(OSError):
                 path.unlink()
         info, refusals = checkpoint.find_checkpoint(self.session.folder, run_id=self.run_id)
@@ -131,11 +137,15 @@ class Keeping:
             return False
         info, groups, state = stored
         self._load(groups, state)
+        last = self.history.last("train")
+        lost = 0 if last is None else last["step"] - self.step
         self.history.rewind(self.step)
         self._find_best()
         self._log = self._new_log()
         self._record_run()
         text = f"from {info.path.name}, {span(self.seconds)} of training so far"
+        if lost > 0:
+            text += f"; the {lost:,} steps that were done after it are done again"
         if (was := info.versions.get("torch")) not in (None, now := metadata.version("torch")):
             text += f"; it was written with torch {was}, this is {now}: the same run, though not to the last bit"
         self.history.append({"kind": "event", "step": self.step, "what": "resumed", "text": text})

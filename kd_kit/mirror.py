@@ -10,7 +10,7 @@ import itertools
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,26 +122,37 @@ class Mirror:
             said, self._news = self._news, []
         return said
 
-    def flush(self, timeout: float) -> bool:
+    @property
+    def arrived(self) -> bool:
+        """Whether everything that was taken is at the place."""
+        with self._changed:
+            return self._next is None
+
+    def flush(self, timeout: float, *, goes_on: Callable[[], bool] = lambda: True) -> bool:
         """Wait until the newest checkpoint taken has arrived; after a failure the next try is made at once.
 
+        Args:
+            goes_on: asked twice a second; the waiting ends where it says no.
+
         Returns:
-            whether it has arrived; False when ``timeout`` seconds are over, or where the last save was not taken.
+            whether it has arrived; False when ``timeout`` seconds are over, after three failures in a row while it
+            waits, or where the last save was not taken.
         """
-        started = self._clock()
+        started, failures = self._clock(), self._failures
         with self._changed:
             self._hurry = True
             self._changed.notify_all()
             while self._next is not None and not self._closed:
                 left = timeout - (self._clock() - started)
-                if left <= 0:
+                if left <= 0 or self._failures >= failures + 3 or not goes_on():
                     break
-                self._changed.wait(left)
+                self._changed.wait(min(left, 0.5))
             self._hurry = False
             self.waited += self._clock() - started
             if self._next is None:
                 return not self._missed
-            text = f"step {self._next.step:,} is not at {self.place.address} after {timeout:.0f} s of waiting"
+            waited = self._clock() - started
+            text = f"step {self._next.step:,} is not at {self.place.address} after {waited:.0f} s of waiting"
             self._news.append(("alarm", f"{text}; it is in the run folder"))
             return False
 

@@ -86,6 +86,14 @@ class FsspecPlace(Place):
                 "hf://datasets/owner/name, kaggle://owner/dataset, s3://bucket/folder or a folder"
             ) from error
         self._url, self._run, self._local = address, run, issubclass(kind, LocalFileSystem)
+        if self._local:
+            try:
+                Path(self._root).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    f"open_place: expected a folder that can be made, got {self.address!r} ({error.strerror}); name "
+                    "another one"
+                ) from error
 
     @functools.cached_property
     def _connected(self):

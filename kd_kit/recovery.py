@@ -176,7 +176,8 @@ class Recovery:
         past = ""
         if first < behind:
             self.cursor = self.cursor.without(first, behind)
-            past = f", and past batches {first:,} to {behind - 1:,} of the run's order"
+            which = f"batch {first:,}" if behind == first + 1 else f"batches {first:,} to {behind - 1:,}"
+            past = f", and past {which} of the run's order"
         self._begin()
         self._event("alarm", f"{why}: back from step {failed:,} to step {self.step:,}{past}")
         self._save_or_warn()  # so that a session that ends now need not find this out once more

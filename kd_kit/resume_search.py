@@ -270,9 +270,17 @@ class _Search:
 
     def _keep_to_given(self, given: Path) -> None:
         """Who gives a path has chosen a run: another one is not taken for being further on."""
-        run_ids = {candidate.run_id for candidate in self.candidates if candidate.given}
-        if not run_ids:
+        there = [candidate for candidate in self.candidates if candidate.given]
+        if not there:
             self._nothing_given(given)
+        there = [c for c in there if c.run is not None and c.run.name == self.name] or there
+        run_ids = {candidate.run_id for candidate in there}
+        if len(run_ids) > 1:
+            names = sorted({f"{c.run.name!r}" if c.run is not None and c.run.name else c.run_id for c in there})
+            raise CheckpointError(
+                f"find_run: expected one run in {str(given)!r}, got {len(run_ids)}: {', '.join(names)}; give the "
+                "folder of one of them"
+            )
         for candidate in self.candidates:
             if candidate.run_id not in run_ids:
                 self.refusals.append(candidate.refusal(f"expected a run that is in {given}, got {candidate.run_id!r}"))

@@ -12,7 +12,9 @@ from kd_kit.student_weights import start_fingerprint
 # A run that goes on with another value of these would not be the same run.
 _FIXED = {
     "tokenizers": "the tokenizers",
-    "data": "the text, its windows, the held-out text or the batch size",
+    "window": "the window",
+    "batch_size": "the batch size",
+    "data": "the text or the held-out text",
     "teacher": "the teacher",
     "student": "the student's shapes",
     "terms": "the loss terms",
@@ -38,6 +40,8 @@ def run_config(trainer) -> dict:
             teacher += f", and with {trainer.teacher.more_experts} experts"
     return {
         "tokenizers": trainer.data.pair.fingerprint,
+        "window": trainer.data.window,
+        "batch_size": trainer.data.batch_size,
         "data": trainer.data.fingerprint,
         "teacher": teacher,
         "student": shapes,
@@ -112,7 +116,13 @@ def refuse_other_run(folder: Path, before: dict, config: dict) -> None:
     others = {key for key in _FIXED if before.get(key) != config[key]}
     if "terms" in others:  # with other terms there are other parts: that need not be said
         others.discard("parts")
-    changed = [what for key, what in _FIXED.items() if key in others]
+    if others & {"window", "batch_size"}:  # these decide it, too
+        others.discard("data")
+    changed = [
+        f"{what} ({before.get(key)} -> {config[key]})" if isinstance(config[key], int) else what
+        for key, what in _FIXED.items()
+        if key in others
+    ]
     if changed:
         raise ValueError(
             f"build_trainer: expected the configuration of the run in {str(folder)!r}, got another one: "

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from kd_kit.controls import Controls
-from kd_kit.forecast import forecast, how_to_go_on
+from kd_kit.forecast import forecast, how_to_go_on, sessions_needed
 from kd_kit.session import StopRequests
-from kd_kit.table import short
+from kd_kit.table import short, span
 
 
 def _end_with_the_program(about: weakref.ref[Steering]) -> None:
@@ -37,6 +37,10 @@ def _end_on_sigterm() -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
+
+TIME_OVER = "the session's time is over"
+NOT_FINITE = "no finite gradient"
+"""How the reason begins for which a run stopped that could not get past such steps."""
 
 SLOW_DISK = 100e6
 """Bytes per second that a save is expected to write before one has been measured."""
@@ -238,7 +242,7 @@ class Steering:
             if self.stop_reason is None and self.step < self.total_steps:  # there is something to stop
                 self.stop_reason = requests.reason or self.controls.stop_reason
                 if self.stop_reason is None and self._time_is_over():
-                    self.stop_reason = "the session's time is over"
+                    self.stop_reason = TIME_OVER
             if self.stop_reason or not self.controls.paused or self.step >= self.total_steps:
                 break
             if not resting:
@@ -279,13 +283,23 @@ class Steering:
         if to_go < min(60, self.session.remaining() - self._margin()):
             return  # over in a moment
         text = forecast(self.session, to_go=to_go, reserve=self._margin(), lead=self._lead)
-        self._event("plan", f"{text}, at {short(self._pace())} s per step")
+        self._event("plan", f"{short(self._pace())} s per step, {text}")
 
     def how_to_go_on(self) -> str | None:
         """What to do next for a run that is not at its end; None for one that is."""
         if self.step >= self.total_steps or self.stopped_early:
             return None
-        return how_to_go_on(self.session)
+        if (self.stop_reason or "").startswith(NOT_FINITE):
+            return "to go on: repair the cause first (kd.last_fault(), kd.last_fault().replay(trainer)), then fit()"
+        text = how_to_go_on(self.session)
+        if self.session.budget is not None and self.step and self.stop_reason == TIME_OVER:
+            to_go = (self.total_steps - self.step) * self._pace()
+            count = sessions_needed(to_go, 0, self.session.budget - self._lead - self._margin()) - 1
+            if math.isfinite(count):
+                text += f"; {self.total_steps - self.step:,} steps are left, about {span(to_go)}: {count:.0f} more " + (
+                    "session" if count == 1 else "sessions"
+                )
+        return text
 
     # --- copies off the machine ---------------------------------------------------------------------------------
 
@@ -294,17 +308,18 @@ class Steering:
         for what, text in self._mirror.news() if self._mirror is not None else ():
             self._event(what, text)
 
-    def _flush_copies(self, *, hurry: bool) -> None:
-        """Behind the last save: wait for its copy, as long as the session allows.
-
-        Args:
-            hurry: the program was asked to end, and is killed soon.
-        """
+    def _flush_copies(self, requests: StopRequests) -> None:
+        """Behind the last save: wait for its copy, as long as session and user allow."""
+        hurry = requests.reason == "terminated"  # the program is killed soon
         if self._mirror is None:
             return
         patience = 10.0 if hurry else max(COPY_PATIENCE, 4 * self._mirror.last_seconds)
+        patience = max(0.0, min(patience, self.session.remaining() - 5))
+        if not self._mirror.arrived:
+            print(f"saved; waiting up to {span(patience)} for the copy to {self.session.mirror} (Interrupt ends that)")
+        before = requests.reason
         try:
-            self._mirror.flush(max(0.0, min(patience, self.session.remaining() - 5)))
+            self._mirror.flush(patience, goes_on=lambda: requests.reason is before)
         except KeyboardInterrupt:  # all is saved here; only the copy is older
             self._event("alarm", f"interrupted: the copy in {self.session.mirror} may be of an older step")
         self._tell_of_copies()

@@ -36,7 +36,7 @@ from kd_kit.recovery import Recovery
 from kd_kit.run_config import changed_settings, check_run, refuse_other_run, run_config
 from kd_kit.session import Session, StopRequests, shown
 from kd_kit.stages import Schedule, constant
-from kd_kit.steering import Steering
+from kd_kit.steering import TIME_OVER, Steering
 from kd_kit.step_log import StepLog
 from kd_kit.student_weights import (
     mark_stepped,
@@ -276,7 +276,7 @@ class Trainer(Keeping, Steering, Recovery):
         self._tell_forecast()
         self._last_save = self.session.now()
         if self._time_is_over():
-            self.stop_reason = "the session's time is over"
+            self.stop_reason = TIME_OVER
         while self.step < min(end, self.total_steps) and self.stop_reason is None:
             started = self.session.now()
             if self._feed is None:  # at the start, and after going back
@@ -300,7 +300,7 @@ class Trainer(Keeping, Steering, Recovery):
         self.stop_reason = self.stop_reason or ("finished" if self.step >= self.total_steps else "paused")
         self.history.append({"kind": "event", "step": self.step, "what": "stopped", "text": self.stop_reason})
         self.save()
-        self._flush_copies(hurry=requests.reason == "terminated")
+        self._flush_copies(requests)
         for what in self.controls.take():  # asked for during the last step's evaluation and save
             {"save": lambda: None, "evaluate": self.evaluate_now, "decay": self._begin_decay}[what]()
         self._tell("on_stop")

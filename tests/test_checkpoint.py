@@ -941,6 +941,14 @@ def test_a_sealed_manifest_is_not_believed_either(run, kind):
     assert found.step == 1 and "MANIFEST.json: expected" in refusals[0].reason
 
 
+def test_a_folder_that_is_no_checkpoint_is_told_so(run, tmp_path):
+    for folder in (run, run / "ckpt"):
+        with pytest.raises(CheckpointError, match=r"pass one of those within it: .*step-00000002"):
+            inspect_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="there is none"):
+        inspect_checkpoint(tmp_path / "nowhere")
+
+
 def test_a_newer_format_is_refused_and_left_alone(run):
     reseal(run / "ckpt/step-00000002", format=checkpoint_folder.FORMAT + 1)
     found, refusals = find_checkpoint(run)

@@ -176,6 +176,34 @@ def test_a_mirror_that_cannot_be_asked_is_no_reason_to_begin_anew(tmp_path, monk
     assert "the network is unreachable" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("damage", ["another seed", "all damaged"])
+def test_a_mirror_full_of_what_cannot_be_used_is_no_reason_to_begin_anew(tmp_path, damage, capsys):
+    mirror = str(tmp_path / "mirror")
+    trainer_in(tmp_path / "one", mirror=mirror).fit(steps=4)
+    before = (tmp_path / "mirror" / "run" / "RUN.json").read_bytes()
+    if damage == "all damaged":
+        for path in (tmp_path / "mirror").rglob("model.safetensors"):
+            path.write_bytes(path.read_bytes()[:-8] + b"12345678")
+    session = Session(tmp_path / "two", device="cpu", precision="no", name="run", mirror=mirror)
+    seed = {"seed": 5} if damage == "another seed" else {}
+    with pytest.raises(CheckpointError, match="checkpoints there that this run cannot go on from"):
+        make_trainer(
+            tmp_path / "two", student=tiny_student(attention_dropout=0.2), terms=terms(), session=session, **seed
+        )
+    assert (tmp_path / "mirror" / "run" / "RUN.json").read_bytes() == before
+    named = trainer_in(tmp_path / "three", name="other", mirror=mirror)
+    assert named.fit(steps=1) == "paused", "under another name nothing is in the way"
+
+
+def test_a_folder_with_several_runs_is_gone_on_from_by_name(tmp_path):
+    for name, steps in (("a", 2), ("b", 4)):
+        trainer_in(tmp_path / "all" / name, name=name).fit(steps=steps)
+    mine = trainer_in(tmp_path / "run", name="a", seed=1, resume_from=tmp_path / "all")
+    assert mine.resume() and mine.step == 2
+    with pytest.raises(CheckpointError, match=r"expected one run in .*'a', 'b'; give the folder of one of them"):
+        trainer_in(tmp_path / "third", name="c", resume_from=tmp_path / "all")
+
+
 def test_a_mirror_that_makes_no_sense_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="expected"):
         build_session("run", folder=tmp_path, mirror="nonsense://x/y")

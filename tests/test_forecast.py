@@ -37,7 +37,7 @@ def test_what_fits_is_said_to_fit(tmp_path):
 def test_what_does_not_fit_says_how_many_sessions(tmp_path):
     text = forecast(session(tmp_path, budget=3600, gone=600), to_go=10000, reserve=100, lead=500)
     # 2,900 s now and 3,000 s in every later one
-    assert text == "about 2.8 h to go, this session has 48 min for it: 4 sessions of 60 min in all, this one included"
+    assert text == "about 2.8 h to go, this session has 48 min for it: 4 sessions of 60 min, this one included"
 
 
 def test_sessions_without_time_for_training_are_no_plan(tmp_path):

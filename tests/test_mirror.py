@@ -63,6 +63,15 @@ def test_failures_are_told_once(tmp_path):
     mirror.close()
 
 
+def test_flush_does_not_wait_for_a_place_that_only_fails(tmp_path):
+    mirror = Mirror(FakePlace(*[fail] * 100), tmp_path, retry_seconds=(0.001,))
+    mirror.take(save(tmp_path, 1))
+    assert not mirror.flush(1e6)
+    assert not mirror.flush(1e6, goes_on=lambda: False)
+    assert not mirror.arrived and "is not at" in mirror.news()[-1][1]
+    mirror.close()
+
+
 def test_flush_tries_again_at_once(tmp_path):
     mirror = Mirror(FakePlace(fail), tmp_path, retry_seconds=(1e6,))
     mirror.take(save(tmp_path, 1))

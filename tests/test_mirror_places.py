@@ -96,10 +96,14 @@ def test_an_upload_that_was_given_up_publishes_and_removes_nothing(place, tmp_pa
 
 
 def test_a_folder_that_cannot_be_written_is_said_with_what_to_do(tmp_path):
+    place = open_place(str(tmp_path / "away"), "run")
+    (tmp_path / "away").rmdir()
     (tmp_path / "away").write_text("a file")
     with pytest.raises(MirrorError, match=r"away: sending failed: .*; look whether that folder is there") as error:
-        fill(open_place(str(tmp_path / "away"), "run"), tmp_path, 1)
+        fill(place, tmp_path, 1)
     assert "Errno None" not in str(error.value)
+    with pytest.raises(ValueError, match="expected a folder that can be made"):
+        open_place(str(tmp_path / "away"), "run")
 
 
 # ---------------------------------------------------------------------------- a file system that has its days

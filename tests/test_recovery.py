@@ -47,6 +47,16 @@ def losses(trainer) -> list[float]:
     return trainer.history.column("total")[1]
 
 
+def test_what_killed_processes_left_half_written_is_cleared_away(tmp_path):
+    trainer = trainer_at(tmp_path / "run")
+    trainer.fit(steps=1)
+    left = [tmp_path / "run" / name for name in (".best.safetensors.123.tmp", ".tmp2Pm8fl", ".metrics.jsonl.9.tmp")]
+    for path in left:
+        path.write_bytes(b"half")
+    trainer_at(tmp_path / "run").resume()
+    assert not [path for path in left if path.exists()]
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -384,7 +384,7 @@ DAMAGE = {
     "a linked manifest": lambda folder: link_away(folder / "MANIFEST.json"),
     "a pipe": lambda folder: pipe(folder / "model.safetensors"),
     "a pickle beside": lambda folder: (folder / "model.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR."),
-    "another format": lambda folder: reseal(folder, format=2),
+    "another format": lambda folder: reseal(folder, format=checkpoint_folder.FORMAT + 1),
     "a path out": lambda folder: reseal(folder, files={"state.json": [3, "0"], "../../x.safetensors": [3, "0"]}),
 }
 

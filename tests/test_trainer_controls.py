@@ -744,8 +744,9 @@ def test_the_time_that_the_run_takes_is_said_once_it_is_known(tmp_path):
     assert 28 <= trainer.step <= 33
     plans = [(e["step"], e["text"]) for e in trainer.history.events if e["what"] == "plan"]
     assert len(plans) == 1 and plans[0][0] == 20
-    assert plans[0][1].startswith("about 67 min to go, this session has ")
-    assert "2 sessions of 60 min in all, this one included, at 100 s per step" in plans[0][1]
+    assert plans[0][1].startswith("100 s per step, about 67 min to go, this session has ")
+    assert "2 sessions of 60 min, this one included" in plans[0][1]
+    assert "steps are left, about" in trainer.how_to_go_on() and "1 more session" in trainer.how_to_go_on()
     again = build()
     assert again.fit() == "finished"
     first = next(e["text"] for e in again.history.events if e["what"] == "plan" and e["step"] == trainer.step)

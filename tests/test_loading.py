@@ -75,6 +75,8 @@ def nothing_is_left(request):
         gc.collect()  # what a test holds in a circle
     assert not multiprocessing.active_children()
     if "hangs" not in request.node.name:
+        for thread in set(loaders()) - before:
+            thread.join(20)  # on its way out, on a crowded machine
         assert set(loaders()) <= before
 
 

@@ -423,7 +423,7 @@ def test_a_state_that_is_not_finite_is_not_saved_and_the_run_goes_back(tmp_path)
     assert trainer.fit() == "finished"
     texts = alarms(trainer)
     assert any(
-        t.startswith("the state is not finite: back from step 6 to step 2, and past batches 5 to 5") for t in texts
+        t.startswith("the state is not finite: back from step 6 to step 2, and past batch 5 of the run") for t in texts
     )
     assert all(t.isfinite().all() for t in trainer.module.state_dict().values())
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is first imported: no test asks the network
+# read when torch is first imported: two and more threads add in another order than one, and runs in this process are
+# compared bit for bit with runs in others
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import dataclasses
 from collections.abc import Sequence

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from kd_kit.session import Session, on_kaggle
+from kd_kit.kaggle_place import on_kaggle
+from kd_kit.session import Session
 from kd_kit.table import span
 
 

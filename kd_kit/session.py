@@ -13,17 +13,11 @@ from pathlib import Path
 
 import torch
 
+from kd_kit.kaggle_place import kaggle_input, kaggle_working, on_kaggle
 from kd_kit.mirror_places import open_place
 
-KAGGLE_WORKING = Path("/kaggle/working")
-KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_HOURS = 11.0
 """Kaggle kills a GPU session after 12 hours and drops its output: stop an hour before."""
-
-
-def on_kaggle() -> bool:
-    """Whether this process runs in a Kaggle session."""
-    return bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE")) and KAGGLE_WORKING.is_dir()
 
 
 def shown(path: Path) -> Path:
@@ -229,7 +223,7 @@ def build_session(
         raise ValueError(f"build_session: expected hours above 0, got {hours}")
     if hours is None and on_kaggle():
         hours = KAGGLE_HOURS
-    root = Path(folder) if folder is not None else (KAGGLE_WORKING if on_kaggle() else Path.cwd()) / "kd_runs"
+    root = Path(folder) if folder is not None else (kaggle_working() if on_kaggle() else Path.cwd()) / "kd_runs"
     path = root / run
     check_writable(path)
     if resume_from is not None and not Path(resume_from).is_dir():
@@ -249,7 +243,7 @@ def build_session(
         name=run,
         mirror=None if mirror is None else os.fspath(mirror),
         resume_from=None if resume_from is None else Path(resume_from),
-        inputs=(KAGGLE_INPUT,) if KAGGLE_INPUT.is_dir() else (),
+        inputs=(kaggle_input(),) if kaggle_input().is_dir() else (),
     )
     session.place()  # what cannot be reached shows now
     session.engine()  # what accelerate cannot do on this machine shows now

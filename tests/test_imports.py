@@ -16,7 +16,7 @@ ROOT = Path(kd_kit.__file__).parent
 
 # Lowest first. A file imports only from levels below its own, or from a file that stands before it in its own level.
 LEVELS = {
-    "words": ["types"],
+    "words": ["types", "kaggle_place"],
     "sums": ["reduce"],
     "mathematics": [
         "losses.divergence",

@@ -91,9 +91,10 @@ def test_runs_are_kept_below_the_working_directory(tmp_path, monkeypatch):
 
 def test_on_kaggle_the_clock_and_the_folder_are_known(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    monkeypatch.setattr(session, "KAGGLE_WORKING", tmp_path)
+    monkeypatch.setenv("KD_KIT_KAGGLE", str(tmp_path))
+    (tmp_path / "working").mkdir()
     ours = build_session("mine")
-    assert ours.folder == tmp_path / "kd_runs" / "mine"
+    assert ours.folder == tmp_path / "working" / "kd_runs" / "mine"
     assert ours.budget == 11 * 3600
     assert "Kaggle" in repr(ours)
     assert build_session("mine", hours=1).budget == 3600

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from kd_kit import build_session, session
+from kd_kit import build_session
 from kd_kit.session import Session, StopRequests, default_precision, process_age, shown
 
 

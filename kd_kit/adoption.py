@@ -41,6 +41,7 @@ from kd_kit.checkpoint_folder import (
     read_json,
     step_folders,
 )
+from kd_kit.kaggle_place import room
 from kd_kit.metrics_copy import METRICS, append_records, keep_readable_lines, write_evaluations
 
 RUN = "RUN.json"
@@ -226,7 +227,7 @@ def _forecast_space(root: Path, sources: Iterable[tuple[Path, Source]]) -> None:
         for name in _wanted(folder, source) if source.folder is not None else ():
             copies = (not source.owned) + (name == METRICS)  # its lines are copied once more, those that can be read
             needed += copies * (_plain_size(source.folder / name) or 0)
-    free = shutil.disk_usage(root).free
+    free = room(root, shutil.disk_usage(root).free)
     if needed > free:
         raise OSError(
             errno.ENOSPC,

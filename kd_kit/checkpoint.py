@@ -56,6 +56,7 @@ from kd_kit.checkpoint_folder import (
     seal,
     step_folders,
 )
+from kd_kit.kaggle_place import room
 
 try:
     import fcntl
@@ -257,7 +258,7 @@ def _tensor_bytes(groups: Groups, aliases: Mapping[str, Mapping[str, str]]) -> i
 
 def _forecast_space(root: Path, needed: int) -> None:
     needed += _SPARE_BYTES
-    free = shutil.disk_usage(root).free
+    free = room(root, shutil.disk_usage(root).free)
     if needed > free:
         raise CheckpointError(
             errno.ENOSPC,

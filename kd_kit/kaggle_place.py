@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+MOST_FILES = 500
+"""Files that an output may have: of more, Kaggle has kept only some."""
+
+MOST_BYTES = 20 * 10**9
+"""Bytes that /kaggle/working may hold when its session ends."""
 
 
 def kaggle_root() -> Path:
@@ -47,3 +54,19 @@ def attached(marker: str, depth: int = 8) -> Iterator[Path]:
             inside.clear()
         if marker in files:
             yield Path(folder)
+
+
+def room(folder: Path, free: int) -> int:
+    """Bytes that may still be written to a folder, ``free`` of which its disk has.
+
+    Below Kaggle's output folder the disk may be larger than what is kept of it.
+    """
+    working = kaggle_working()
+    if not on_kaggle() or not folder.resolve().is_relative_to(working.resolve()):
+        return free
+    there = 0
+    for inside, _, files in os.walk(working):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):  # another thread clears up
+                there += (Path(inside) / name).lstat().st_size
+    return min(free, MOST_BYTES - there)

@@ -221,11 +221,19 @@ def check_model(model, vocab: Vocabulary, window: int, who: str) -> None:
         )
 
 
-def export(student, folder: str | os.PathLike, tokenizers: TokenizerPair | None = None) -> Path:
-    """Write the student as a plain transformers folder: weights, configuration and, if given, its tokenizer."""
+def export(
+    student, folder: str | os.PathLike, tokenizers: TokenizerPair | None = None, *, card: str | None = None
+) -> Path:
+    """Write the student as a plain transformers folder: weights, configuration and, if given, its tokenizer.
+
+    Args:
+        card: text of its README.md, see :func:`kd_kit.model_card.model_card`.
+    """
     folder = Path(folder)
     with _no_progress_bars():
         student.save_pretrained(folder)
     if tokenizers is not None:
         tokenizers.student.save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return folder

@@ -49,6 +49,7 @@ from kd_kit.copied_run import (
     parse_manifest,
     read_local,
 )
+from kd_kit.kaggle_place import room
 
 _REASONS = 5  # more refusals than that are only counted
 
@@ -271,7 +272,7 @@ def _check_content(path: Path) -> None:
 
 
 def _forecast_space(root: Path, needed: int) -> None:
-    free = shutil.disk_usage(root).free
+    free = room(root, shutil.disk_usage(root).free)
     if needed > free:
         raise CheckpointError(
             errno.ENOSPC,

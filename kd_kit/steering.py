@@ -285,6 +285,12 @@ class Steering:
         text = forecast(self.session, to_go=to_go, reserve=self._margin(), lead=self._lead)
         self._event("plan", f"{short(self._pace())} s per step, {text}")
 
+    @property
+    def done(self) -> bool:
+        """Whether the run is at its end: all steps, or stopped early. A run that :meth:`resume` finds, too."""
+        self.resume()
+        return self.how_to_go_on() is None
+
     def how_to_go_on(self) -> str | None:
         """What to do next for a run that is not at its end; None for one that is."""
         if self.step >= self.total_steps or self.stopped_early:

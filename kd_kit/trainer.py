@@ -11,6 +11,7 @@ import contextlib
 import copy
 import itertools
 import math
+import os
 import threading
 import uuid
 import weakref
@@ -45,6 +46,7 @@ from kd_kit.student_weights import (
     start_fingerprint,
     was_stepped,
 )
+from kd_kit.summary import Summary, summarise
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, restore_rng
 from kd_kit.terms import LossTerm, lm_term
@@ -415,6 +417,16 @@ class Trainer(Keeping, Steering, Recovery):
         self.history.append({"kind": "eval", "step": self.step, "bits_per_byte": result, "seconds": self.seconds})
         self._tell("on_evaluate")
         return result
+
+    def summary(self, report=None, *, expected: Sequence[str | os.PathLike] = ()) -> Summary:
+        """For the last cell of a notebook: what was reached, the time it took, the output folder, and how to go on.
+
+        Args:
+            report: of :func:`kd_kit.evaluate`, whose sentences are then part of it.
+            expected: what else the notebook wrote into Kaggle's output folder, such as the export; anything beside
+                that and the run's folder is named, since it is kept as well.
+        """
+        return summarise(self, report, expected=tuple(expected))
 
     @property
     def control_history(self) -> History | None:

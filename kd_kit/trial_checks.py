@@ -23,6 +23,7 @@ from kd_kit.facts import (
 )
 from kd_kit.forecast import sessions_needed
 from kd_kit.history import verdict
+from kd_kit.kaggle_place import room
 from kd_kit.memory import device_memory, memory_of, process_peak, size_of
 from kd_kit.readings import SortedReading, StrictReading
 from kd_kit.table import plain, short, span
@@ -337,7 +338,7 @@ def disk(facts: Facts) -> Found:
 
 def free_space(trainer: Trainer) -> int:
     folder = trainer.session.folder
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return room(folder, shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free)
 
 
 def _held(trainer: Trainer) -> int:

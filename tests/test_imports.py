@@ -60,7 +60,7 @@ LEVELS = {
         "run_lock",
         "cursor",
     ],
-    "models": ["offline", "models", "routing", "teacher"],
+    "models": ["offline", "sources", "models", "routing", "teacher"],
     "decisions": [
         "ranges",
         "terms",
@@ -81,6 +81,8 @@ LEVELS = {
         "student_weights",
         "run_config",
         "evaluation",
+        "model_card",
+        "summary",
         "sample",
         "vocabulary_audit",
     ],

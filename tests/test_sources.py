@@ -1,0 +1,149 @@
+"""Models and text by name: what is attached is found in any layout, what is missing is said all at once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kd_kit import build_data, offline, sources
+from kd_kit.sources import find_sources
+
+PAIR = {"teacher": offline.TEACHER, "student": offline.STUDENT}
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_KIT_KAGGLE", str(tmp_path))
+    folder = tmp_path / "input"
+    folder.mkdir()
+    return folder
+
+
+def model_at(folder):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("qwen-lm/qwen-3/transformers/0.6b/1", "models/qwen-lm/qwen-3/Transformers/0.6b/1"),
+        ("HuggingFaceTB/SmolLM-135M", "datasets/somebody/smollm-135m"),
+        ("HuggingFaceTB/SmolLM-135M", "smollm-135m"),
+        ("huihui-ai/Huihui-MoE-1B-A0.6B", "notebooks/me/fetch-models/Huihui-MoE-1B-A0.6B"),
+    ],
+)
+def test_an_attached_model_is_found_by_the_end_of_its_path(inputs, name, path):
+    model_at(inputs / "other" / "model")
+    wanted = model_at(inputs / path)
+    found = find_sources(teacher=name, student=offline.STUDENT, text="embedded")
+    assert found.teacher == str(wanted)
+    assert f"attached: {wanted}" in repr(found)
+
+
+def test_the_whole_name_is_preferred_to_its_last_part(inputs):
+    model_at(inputs / "a" / "mine")
+    wanted = model_at(inputs / "b" / "you" / "mine")
+    assert find_sources(teacher="you/mine", student=offline.STUDENT, text="embedded").teacher == str(wanted)
+
+
+def test_all_that_is_missing_is_said_at_once_with_what_to_do(inputs):
+    with pytest.raises(ValueError, match="3 of them not to be had") as caught:
+        find_sources(teacher="me/teacher", student="me/student", text="me/text")
+    said = str(caught.value)
+    for line in ("teacher: expected 'me/teacher'", "student: expected 'me/student'", "text: expected 'me/text'"):
+        assert line in said
+    for cure in ("switch the internet on", "attach them", "OFFLINE_FALLBACK"):
+        assert cure in said
+
+
+def test_the_embedded_pair_stands_in_only_when_asked_for_and_says_so(inputs):
+    found = find_sources(teacher="me/teacher", student=offline.STUDENT, text="embedded", offline_fallback=True)
+    assert found.embedded
+    assert (found.teacher, found.student) == (offline.TEACHER, offline.STUDENT)
+    assert list(found.held_out) == offline.corpus("held_out")
+    assert "INSTEAD" in repr(found)
+    assert "me/teacher" in repr(found)
+    there = find_sources(**PAIR, text="embedded", offline_fallback=True)
+    assert not there.embedded, "nothing was missing"
+
+
+def test_a_name_that_can_be_no_hub_name_asks_no_hub(inputs, monkeypatch):
+    monkeypatch.setattr(sources, "_ask_hub", lambda *_: pytest.fail("asked the hub"))
+    for name in ("/nowhere/model", "./model", "a/b/c", "two words"):
+        with pytest.raises(ValueError, match="which is not here"):
+            find_sources(teacher=name, student=offline.STUDENT, text="embedded")
+
+
+def test_a_folder_without_a_model_is_refused(inputs, tmp_path):
+    with pytest.raises(ValueError, match=r"got .* which has none"):
+        find_sources(teacher=str(tmp_path), student=offline.STUDENT, text="embedded")
+
+
+def test_a_name_of_the_hub_is_asked_for_and_kept(inputs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sources, "_ask_hub", lambda name, kind, file: asked.append((name, kind, file)))
+    found = find_sources(teacher="me/teacher", student="me/student", text="embedded")
+    assert (found.teacher, found.student) == ("me/teacher", "me/student")
+    assert asked == [("me/teacher", "model", "config.json"), ("me/student", "model", "config.json")]
+
+
+def texts_of(text, **more) -> list[str]:
+    return list(find_sources(**PAIR, text=str(text), **more).texts)
+
+
+def test_text_files_are_cut_at_blank_lines_and_folders_of_them_are_not(inputs, tmp_path):
+    (tmp_path / "one.txt").write_text("first\nline\n\nsecond\n \nthird")
+    assert texts_of(tmp_path / "one.txt") == ["first\nline", "second", "third"]
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\n\ntwo")
+    (folder / "b.md").write_text("three")
+    assert texts_of(folder) == ["one\n\ntwo", "three"]
+    assert texts_of(tmp_path / "one.txt", documents=2) == ["first\nline", "second"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_tables_are_read_by_their_column(inputs, tmp_path, kind):
+    import pandas
+
+    table = pandas.DataFrame({"body": ["one", "two", "three"], "other": [1, 2, 3]})
+    path = tmp_path / f"rows.{kind}"
+    write = {"jsonl": lambda: path.write_text("\n".join(json.dumps(r) for r in table.to_dict("records")))}
+    write |= {"csv": lambda: table.to_csv(path, index=False), "parquet": lambda: table.to_parquet(path)}
+    write[kind]()
+    assert texts_of(path, column="body", documents=2) == ["one", "two"]
+    with pytest.raises(ValueError, match=r"expected a column 'text' in .*, got body, other"):
+        texts_of(path)
+
+
+def test_attached_text_is_found_by_the_end_of_its_path(inputs):
+    folder = inputs / "datasets" / "me" / "novels"
+    folder.mkdir(parents=True)
+    (folder / "book.txt").write_text("one\n\ntwo")
+    assert texts_of("me/novels") == ["one", "two"]
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "has none of them"), ("  \n\n \n", "documents without any")])
+def test_a_folder_without_text_is_refused(inputs, tmp_path, content, message):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    if content is not None:
+        (folder / "a.txt").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        texts_of(folder)
+
+
+def test_what_is_found_can_be_trained_on(inputs):
+    from helpers import pair
+
+    found = find_sources(**PAIR, text="embedded", documents=6, held_out=0.2)
+    data = build_data(found.texts, pair(), held_out=found.held_out, window=64)
+    assert len(data.train.documents) + len(data.held_out.documents) == 6
+
+
+def test_a_single_document_cannot_be_held_out(inputs):
+    with pytest.raises(ValueError, match="documents of at least 2"):
+        find_sources(**PAIR, text="embedded", documents=1)

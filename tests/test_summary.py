@@ -1,0 +1,120 @@
+"""The last cell: what was reached, what lies in the output, how to go on; and the card of the exported student."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import make_trainer, session_at
+
+from kd_kit import evaluate, export
+from kd_kit.checkpoint import CheckpointError
+from kd_kit.kaggle_place import MOST_BYTES, room
+from kd_kit.model_card import model_card
+
+
+@pytest.fixture
+def working(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_KIT_KAGGLE", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    folder = tmp_path / "working"
+    folder.mkdir()
+    return folder
+
+
+def lines_of(summary) -> dict[str, str]:
+    return dict(summary.lines)
+
+
+def test_of_a_run_that_is_not_at_its_end(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=6)
+    trainer.fit(steps=3)
+    assert not trainer.done
+    summary = trainer.summary()
+    said = lines_of(summary)
+    assert not summary.done
+    assert said["run"].endswith("step 3 of 6, paused")
+    assert "held-out bits per byte" in said["reached"]
+    assert "at step 2" in said["reached"]
+    assert said["next"].startswith("to go on: run the notebook again")
+    assert "s per step" in said["time"]
+
+
+def test_of_a_run_that_another_session_finished(tmp_path):
+    make_trainer(tmp_path / "run", steps=4).fit()
+    later = make_trainer(tmp_path / "run", steps=4)
+    assert later.done
+    said = lines_of(later.summary())
+    assert said["run"].endswith("step 4 of 4, finished")
+    assert said["next"] == "nothing: the run is at its end"
+
+
+def test_before_the_first_step(tmp_path):
+    said = lines_of(make_trainer(tmp_path / "run").summary())
+    assert said["run"].endswith("step 0 of 6, not begun in this session")
+    assert said["reached"] == "nothing was measured yet"
+
+
+def test_with_a_report_its_sentences_are_part_of_it(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=4)
+    trainer.fit()
+    report = evaluate(trainer, limit=2)
+    assert all(sentence in repr(trainer.summary(report)) for sentence in report.sentences())
+
+
+def test_what_is_no_part_of_the_run_is_named_in_kaggles_output(working):
+    trainer = make_trainer(working / "kd_runs" / "mine", steps=2)
+    trainer.fit()
+    export(trainer.student, working / "student")
+    (working / ".cache").mkdir()
+    (working / ".cache" / "model.bin").write_bytes(b"x" * 10)
+    (working / "__notebook__.ipynb").write_text("{}")  # Kaggle's own
+    summary = trainer.summary(expected=[working / "student"])
+    assert [p.split(" in ")[0] for p in summary.problems] == [".cache"]
+    (working / ".cache" / "model.bin").unlink()
+    assert trainer.summary(expected=[working / "student"]).problems == ()
+
+
+def test_too_many_files_are_named(working):
+    trainer = make_trainer(working / "kd_runs" / "mine", steps=2)
+    for number in range(501):
+        (trainer.session.folder / f"{number}").touch()
+    [problem] = trainer.summary().problems
+    assert "Kaggle keeps outputs of more than 500 badly" in problem
+
+
+def test_a_save_that_would_pass_kaggles_limit_is_not_begun(working, monkeypatch):
+    trainer = make_trainer(working / "kd_runs" / "mine", steps=2)
+    trainer.fit(steps=1)
+    with (working / "large").open("wb") as file:
+        file.truncate(MOST_BYTES)  # a hole: it takes no room of this disk
+    assert room(trainer.session.folder, 10**12) < 0
+    assert room(working.parent, 10**12) == 10**12, "only what is kept is limited"
+    with pytest.raises(CheckpointError, match="nothing was written"):
+        trainer.fit()
+    assert any("Kaggle keeps 20.00 GB" in problem for problem in trainer.summary().problems)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    assert room(trainer.session.folder, 10**12) == 10**12
+
+
+def test_the_card_of_an_exported_student(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=4)
+    trainer.fit()
+    names = {"teacher": "them/Teacher", "student": "them/Student", "text": "a text"}
+    report = evaluate(trainer, limit=2)
+    folder = export(trainer.student, tmp_path / "student", card=model_card(trainer, report, **names))
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "base_model: them/Student" in card
+    assert "- Steps: 4 of 4, " in card
+    for name, row in report.rows.items():
+        assert f"| {name} | {row['bits_per_byte']:.4f} |" in card
+    early = model_card(trainer, **names | {"student": "embedded-student"})
+    assert f"bits per byte {trainer.best:.4f} at step {trainer.best_step}" in early
+    assert "base_model" not in early
+    assert "Not evaluated." in model_card(make_trainer(tmp_path / "other"), **names)
+
+
+def test_the_clock_is_part_of_it(tmp_path):
+    session = session_at(tmp_path / "run")
+    session.budget = 3600.0
+    said = lines_of(make_trainer(tmp_path / "run", session=session).summary())
+    assert said["time"].endswith("of 60 min")

@@ -2,8 +2,10 @@
 
 from kd_kit import looks, losses
 from kd_kit.balance import fixed, gradient_share
+from kd_kit.caching import build_cache, cache_report
 from kd_kit.callbacks import Callback, EarlyStopping
 from kd_kit.checkpoint import inspect_checkpoint
+from kd_kit.checkup import doctor
 from kd_kit.dashboard import build_dashboard
 from kd_kit.data import build_data
 from kd_kit.evaluation import agreement, evaluate, score
@@ -42,6 +44,7 @@ __all__ = [
     "agreement",
     "attention_term",
     "audit",
+    "build_cache",
     "build_dashboard",
     "build_data",
     "build_probe",
@@ -50,11 +53,13 @@ __all__ = [
     "build_teacher",
     "build_tokenizers",
     "build_trainer",
+    "cache_report",
     "compare_text",
     "constant",
     "contrastive_term",
     "cosine",
     "curriculum",
+    "doctor",
     "evaluate",
     "evaluate_terms",
     "export",

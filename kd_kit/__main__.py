@@ -1,10 +1,12 @@
-"""The few shell verbs: ``python -m kd_kit notebook``, ``python -m kd_kit demo``."""
+"""The few shell verbs: ``python -m kd_kit notebook``, ``demo``, ``doctor``, ``kaggle``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+
+from kd_kit import doctor_verb, kaggle_verbs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,12 +27,19 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--learning-rate", type=float)
     demo.add_argument("--terms", help="which, separated by commas: lm,kd")
 
+    doctor_verb.add_arguments(verbs.add_parser("doctor", help="what this machine can do, and each problem's cure"))
+    kaggle_verbs.add_arguments(verbs.add_parser("kaggle", help="build, push and go on with kernels on Kaggle"))
+
     given = parser.parse_args(arguments)
     try:
         if given.verb == "notebook":
             from kd_kit.notebook_run import run_notebook
 
             run_notebook(given.path, given.out)
+        elif given.verb == "doctor":
+            return doctor_verb.run(given)
+        elif given.verb == "kaggle":
+            return kaggle_verbs.run(given)
         else:
             from dataclasses import replace
 

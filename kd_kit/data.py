@@ -120,6 +120,15 @@ class WindowSet(torch.utils.data.Dataset):
     def scored_bytes(self) -> int:
         return int((self.table[:, 3] - self.table[:, 2]).sum())
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the windows in both tokenizations, whatever batches they come in."""
+        digest = hashlib.sha256(f"{self.window} {self.pair.fingerprint}".encode())
+        digest.update(np.ascontiguousarray(self.table).tobytes())
+        for document in self.documents:
+            digest.update(document.student_ids.tobytes() + document.teacher_ids.tobytes())
+        return digest.hexdigest()
+
     def text(self, index: int) -> str:
         """The text of a window."""
         document, first, _, last = self.table[index]
@@ -135,6 +144,13 @@ class WindowSet(torch.utils.data.Dataset):
         if start_id is not None:
             ids, ends = np.concatenate([[start_id], ids]), np.concatenate([[0], ends])
         return ids, ends
+
+    def ids(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The student's and the teacher's tokens of a window, int64, the document-start token included."""
+        doc = self.documents[self.table[index, 0]]
+        student, _ = self._side(index, doc.student_ids, doc.student_ends, self.pair.student_vocab.start_id)
+        teacher, _ = self._side(index, doc.teacher_ids, doc.teacher_ends, self.pair.teacher_vocab.start_id)
+        return student, teacher
 
     def _prefixes(self, s_ids, s_ends, t_ids, t_ends, matched, predicts) -> np.ndarray:
         """For every position of a window but the last: depth and token range of ``DistillBatch.prefix``, [T - 1, 3].

@@ -323,7 +323,8 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
             rows = {n: _row(score(model, windows, **few), model, agree[n]) for n, model in students.items()}
         return rows, score(trainer.teacher.model, windows, side="teacher", **few)
 
-    rows, best = trainer.within_memory(work, "evaluation")
+    with trainer.teacher.awake():
+        rows, best = trainer.within_memory(work, "evaluation")
     rows["teacher"] = _row(best, trainer.teacher.model, None)
     step = trainer.best_step if trainer._holds_best else trainer.step
     report = Report(rows, best.bytes, step, control_step)

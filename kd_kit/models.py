@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from kd_kit import offline
+from kd_kit.cards import profile_for
 from kd_kit.head import alone_with, body_of, head_of
 from kd_kit.pair import TokenizerPair, pair_tokenizers
 from kd_kit.vocab import Vocabulary
@@ -120,8 +121,10 @@ def build_teacher(
 
     Args:
         name: a hub name, a folder, a GGUF file, or the embedded teacher.
-        device: where it lives; the first GPU if there is one.
-        dtype: float16 on a GPU (a frozen teacher needs no more), float32 on the CPU.
+        device: where it lives; the first GPU if there is one. On a second one ("cuda:1") the student has the first for
+            itself.
+        dtype: half precision on a GPU, since a frozen teacher needs no more: bfloat16 from capability 8.0, float16
+            below; float32 on the CPU.
 
     Raises:
         ValueError: nothing loadable there.
@@ -129,12 +132,10 @@ def build_teacher(
     import transformers
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    profile = profile_for(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    dtype = dtype or getattr(torch, profile.teacher_dtype)
     extra = _gguf_arguments() if os.fspath(name).endswith(".gguf") else {}
-    old_card = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    if old_card and int(transformers.__version__.split(".")[0]) >= 5:
-        # the default experts kernel ("grouped_mm") needs compute capability 8.0
-        extra["experts_implementation"] = "eager"
+    extra |= profile.experts_argument(transformers.__version__)
     model = _from_pretrained(transformers.AutoModelForCausalLM, name, "build_teacher", dtype=dtype, **extra)
     return model.to(device).eval().requires_grad_(False)
 

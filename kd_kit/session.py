@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
+from kd_kit.cards import profile_for
 from kd_kit.kaggle_place import kaggle_input, kaggle_working, on_kaggle
 from kd_kit.mirror_places import open_place
+from kd_kit.torch_builds import cure_for_kernels, kernels_for, missing_kernels
 
 KAGGLE_HOURS = 11.0
 """Kaggle kills a GPU session after 12 hours and drops its output: stop an hour before."""
@@ -36,13 +38,29 @@ def process_age() -> float:
 
 
 def default_precision(device: torch.device) -> str:
-    """``"bf16"`` where the card computes in it (capability 8.0), ``"fp16"`` on older cards, ``"no"`` on the CPU.
+    """``"bf16"`` where the card computes in it (capability 8.0), ``"fp16"`` on older cards from 6.0, else ``"no"``.
 
     ``torch.cuda.is_bf16_supported()`` is no guide: it counts emulation, which a T4 or P100 would crawl in.
     """
+    return profile_for(torch.cuda.get_device_capability(device) if device.type == "cuda" else None).precision
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise before any work on a card that the torch that is installed has no kernels for.
+
+    Raises:
+        ValueError: it has none; with what to install.
+    """
     if device.type != "cuda":
-        return "no"
-    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        return
+    capability, held = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if kernels_for(capability, held) is None:
+        card = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"build_session: expected a torch with kernels for this card, got: "
+            f"{missing_kernels(card, capability, held, torch.__version__)}; "
+            f"{cure_for_kernels(capability, torch.__version__)}"
+        )
 
 
 class Session:
@@ -217,7 +235,7 @@ def build_session(
 
     Raises:
         ValueError: hours that are not positive, an unknown precision, a folder that cannot be written, a path that
-            does not exist, or a mirror that cannot be used.
+            does not exist, a mirror that cannot be used, or a card that this torch has no kernels for.
     """
     if hours is not None and not hours > 0:
         raise ValueError(f"build_session: expected hours above 0, got {hours}")
@@ -232,6 +250,7 @@ def build_session(
             "folder, a checkpoint, or a folder above one"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_kernels(device)
     chosen = precision or default_precision(device)
     if chosen not in ("no", "fp16", "bf16"):
         raise ValueError(f"build_session: expected precision 'no', 'fp16' or 'bf16', got {precision!r}")

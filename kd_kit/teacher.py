@@ -42,6 +42,15 @@ class LiveTeacher:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def home(self) -> torch.device:
+        """Where the model computes."""
+        return self.device
+
+    def awake(self) -> contextlib.AbstractContextManager:
+        """For evaluation: the model is where it computes fast. A live one is there always."""
+        return contextlib.nullcontext()
+
     def asked(self, needs: Needs) -> LiveTeacher:
         """The same teacher, asked for something else."""
         return LiveTeacher(self.model, self.bridge, needs, more_experts=self.more_experts)

@@ -647,7 +647,8 @@ class Trainer(Keeping, Steering, Recovery):
     def _reference_scores(self) -> None:
         """The lines to compare with, once per run: the teacher, and the student before its first step."""
         if self.teacher is not None and "teacher" not in self.history.references():
-            value = self._score(self.teacher.model, "teacher")
+            with self.teacher.awake():
+                value = self._score(self.teacher.model, "teacher")
             self.history.append({"kind": "reference", "name": "teacher", "bits_per_byte": value})
         if self.step == 0 and not self.history.evaluations()[0]:
             self.evaluate_now()

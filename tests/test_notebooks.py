@@ -44,7 +44,7 @@ def quickstart(tmp_path_factory):
             'corpus("student")': 'corpus("student")[:6]',
             'corpus("held_out")': 'corpus("held_out")[:2]',
             "window=256": "window=64",
-            "steps=300": "steps=20",
+            "STEPS = 300": "STEPS = 20",
             'kd.build_session("quickstart")': f'kd.build_session("quickstart", folder={str(folder)!r})',
         },
     )

@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# what a session on Kaggle runs with, for kaggle-test
+KAGGLE_VENV ?= .venv-kaggle
+KAGGLE_READY := $(KAGGLE_VENV)/.ready
 
-.PHONY: demo test torture real-test browser-test lint bench clean
+.PHONY: demo test torture real-test browser-test kaggle-test lint bench clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
@@ -24,6 +27,11 @@ browser-test: $(READY)  ## the notebook with widgets in JupyterLab and a headles
 	$(BIN)/python tests/browser/chromium.py
 	$(BIN)/python -m pytest tests/browser
 
+kaggle-test: $(READY) $(KAGGLE_READY)  ## kernels pushed and run with Kaggle's versions, ten minutes; pictures in build/kaggle-pages/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,browser]'
+	$(BIN)/python tests/browser/chromium.py
+	KD_KIT_KAGGLE_PYTHON=$(abspath $(KAGGLE_VENV))/bin/python $(BIN)/python -m pytest tests/kaggle_session
+
 lint: $(READY)
 	$(BIN)/ruff check kd_kit tests
 	$(BIN)/ruff format --check kd_kit tests
@@ -37,5 +45,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $(READY)
 
+$(KAGGLE_READY): tests/kaggle_session/requirements.txt
+	$(PYTHON) -m venv --clear $(KAGGLE_VENV)
+	$(KAGGLE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/kaggle_session/requirements.txt
+	touch $(KAGGLE_READY)
+
 clean:
-	rm -rf $(VENV) build dist kd_kit.egg-info
+	rm -rf $(VENV) $(KAGGLE_VENV) build dist kd_kit.egg-info

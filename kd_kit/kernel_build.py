@@ -180,13 +180,14 @@ def _check_parameters(defaults: str, parameters: Mapping[str, Any], name: str) -
             default = ast.literal_eval(known[key])
         except (ValueError, TypeError):
             continue  # an expression: its kind is known when it runs
-        expected = next((kind for kind in (bool, int, float) if type(default) is kind), None)
-        if expected is None or value is None:
+        kind = (
+            "True or False" if isinstance(default, bool) else "a number" if isinstance(default, int | float) else None
+        )
+        if kind is None or value is None:
             continue
-        if type(value) is not expected and not (expected is float and type(value) is int):
+        if not isinstance(value, int | float) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(
-                f"build: expected {key} of {name} to be like its default {default!r}, got {value!r}; give a value of "
-                f"that kind ({expected.__name__})"
+                f"build: expected {kind} for {key} of {name}, whose default is {default!r}, got {value!r}; correct it"
             )
 
 

@@ -98,7 +98,7 @@ def find_sources(
     return Sources(
         offline.TEACHER,
         offline.STUDENT,
-        offline.corpus("student"),
+        offline.corpus("student")[:documents],
         offline.corpus("held_out"),
         True,
         (

@@ -1,12 +1,17 @@
 """The embedded pair: what ships is whole and real, and the build's pure parts do what they say."""
 
+import bz2
 import doctest
+import hashlib
+import io
 import json
 import math
+import os
 import re
 import socket
 import struct
 import sys
+import tempfile
 import zipfile
 import zlib
 
@@ -242,6 +247,82 @@ def test_paragraphs_are_unwrapped(parts):
     for text in [*parts["teacher"], *parts["held_out"]]:
         paragraphs = text.split("\n\n")
         assert all(paragraph == " ".join(paragraph.split()) != "" for paragraph in paragraphs)
+
+
+# The pair as an attached file
+
+
+@pytest.fixture
+def without_assets(monkeypatch, tmp_path):
+    """The package as a wheel without the pair, with a small pair's hash in it: (the pair's bytes, the inputs)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("teacher/config.json", "{}")
+        archive.writestr("corpus/persuasion.txt.bz2", bz2.compress("one\n\n\f\ntwo".encode()))
+    data = buffer.getvalue()
+    package = tmp_path / "package"
+    package.mkdir()
+    record = {"file": offline.PAIR_FILE, "sha256": hashlib.sha256(data).hexdigest()}
+    (package / offline.PAIR_RECORD).write_text(json.dumps(record))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(offline, "ASSETS", package / "assets")
+    monkeypatch.setattr(offline, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("KD_KIT_KAGGLE", str(tmp_path / "kaggle"))
+    return data, tmp_path / "kaggle" / "input"
+
+
+def attach(inputs, where, data):
+    (inputs / where).mkdir(parents=True)
+    (inputs / where / offline.PAIR_FILE).write_bytes(data)
+
+
+@pytest.mark.parametrize("where", ["datasets/ada/kd-kit-embedded-pair", "kd-kit-embedded-pair"])
+def test_an_attached_pair_is_used(without_assets, tmp_path, where):
+    data, inputs = without_assets
+    attach(inputs, where, data)
+    assert asset_folder(TEACHER).parent.parent == tmp_path / "tmp"
+    assert (asset_folder(TEACHER) / "config.json").read_text() == "{}"
+    assert corpus("held_out") == ["one", "two"]
+    assert len(list((tmp_path / "tmp").iterdir())) == 1, "unpacked once, and nothing half done"
+
+
+def test_the_right_pair_of_several_is_used(without_assets):
+    data, inputs = without_assets
+    attach(inputs, "a-first-one", b"another pair")
+    attach(inputs, "the-right-one", data)
+    assert corpus("held_out") == ["one", "two"]
+
+
+def test_another_process_may_unpack_at_the_same_time(without_assets, tmp_path, monkeypatch):
+    data, inputs = without_assets
+    attach(inputs, "pair", data)
+    replace = os.replace
+
+    def beaten(source, target):
+        replace(source, target)
+        raise OSError("not empty")
+
+    monkeypatch.setattr(os, "replace", beaten)
+    assert corpus("held_out") == ["one", "two"]
+
+
+def test_a_pair_that_is_not_there_or_another_is_a_sentence(without_assets, tmp_path):
+    data, inputs = without_assets
+    with pytest.raises(
+        ValueError, match=r"expected the embedded pair \(embedded_pair\.whl\) in an attached data set, got"
+    ):
+        corpus("held_out")
+    attach(inputs, "pair", data + b"!")
+    digest = hashlib.sha256(data).hexdigest()
+    with pytest.raises(
+        ValueError, match=rf"expected an embedded pair with SHA-256 {digest}, got .*delete the data set"
+    ):
+        asset_folder(STUDENT)
+    assert not list((tmp_path / "tmp").iterdir())
+    (tmp_path / "package" / offline.PAIR_RECORD).unlink()
+    with pytest.raises(ValueError, match="install the package with its data, from a clone"):
+        corpus("held_out")
 
 
 # The build's parts

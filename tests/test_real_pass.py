@@ -23,6 +23,8 @@ def test_this_machine_passes(precision):
 
 
 def test_the_implementations_of_the_profile_are_the_ones_that_run(monkeypatch):
+    import transformers
+
     seen = []
     drawn = module._drawn
 
@@ -33,7 +35,8 @@ def test_the_implementations_of_the_profile_are_the_ones_that_run(monkeypatch):
     monkeypatch.setattr(module, "_drawn", watched)
     assert real_pass("cpu", replace(CPU, experts="eager", attention="eager")) is None
     assert [arguments["attn_implementation"] for arguments in seen] == ["eager", "eager"]
-    assert seen[1].get("experts_implementation", "eager") == "eager"
+    asked = profile_for((7, 5)).experts_argument(transformers.__version__)
+    assert {"attn_implementation": "eager", **asked} == seen[1]
     assert "no_such" in real_pass("cpu", replace(CPU, attention="no_such"))
 
 
@@ -42,7 +45,6 @@ def test_a_sum_that_fails_is_found_though_the_products_work(monkeypatch):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand more")
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", broken)
-    # the expected value is had on the CPU, with the same function: all of it is one step
     assert real_pass("cpu", CPU) == (
         "forward and backward: RuntimeError: CUDA error: no kernel image is available for execution on the device"
     )

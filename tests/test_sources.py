@@ -66,6 +66,8 @@ def test_the_embedded_pair_stands_in_only_when_asked_for_and_says_so(inputs):
     assert list(found.held_out) == offline.corpus("held_out")
     assert "INSTEAD" in repr(found)
     assert "me/teacher" in repr(found)
+    few = find_sources(teacher="me/teacher", student="me/student", text="me/text", documents=3, offline_fallback=True)
+    assert list(few.texts) == offline.corpus("student")[:3]
     there = find_sources(**PAIR, text="embedded", offline_fallback=True)
     assert not there.embedded, "nothing was missing"
 

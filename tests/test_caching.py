@@ -13,6 +13,7 @@ from kd_kit import (
     attention_term,
     build_cache,
     build_data,
+    build_probe,
     cache_report,
     evaluate,
     feature_term,
@@ -20,6 +21,7 @@ from kd_kit import (
     layerwise_term,
     lm_term,
     router_term,
+    run_preflight,
     span_term,
 )
 from kd_kit.cache import Cache
@@ -40,6 +42,10 @@ TERMS = {
     "layerwise": layerwise_term,
     "router": router_term,
 }
+
+
+TIMED = {"time", "cost of a step", "memory", "disk"}
+"""Checks of the preflight that depend on the machine."""
 
 
 def trainer_at(folder, *names, data=None, **arguments):
@@ -304,3 +310,16 @@ def test_the_students_memory_is_not_touched_by_another_students_cache(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LiveTeacher, "signal", lambda *_: pytest.fail("asked the teacher"))
         assert build_cache(other, tmp_path / "cache").complete
+
+
+def test_preflight_and_probe_work_on_a_cached_run(tmp_path):
+    trainer = trainer_at(tmp_path, "bridge", "feature", steps=40)
+    before = run_preflight(trainer)
+    build_cache(trainer)
+    after = run_preflight(trainer)
+    assert [(r.check, r.verdict) for r in after.rows if r.check not in TIMED] == [
+        (r.check, r.verdict) for r in before.rows if r.check not in TIMED
+    ]
+    table = repr(build_probe(trainer).table)
+    assert "feature" in table
+    assert "kd" in table

@@ -228,7 +228,7 @@ def changes(asked: Profile, got: Profile) -> list[str]:
     if asked.capability is None or got.capability is None:
         if asked.capability == got.capability:
             return []
-        slow = "everything runs on the CPU in float32, a hundred times slower"
+        slow = "everything runs on the CPU in float32, and far slower"
         return [slow] if got.capability is None else [f"everything runs on the card, in {_words(got.precision)}"]
     found = []
     if got.count > asked.count:

@@ -245,7 +245,7 @@ def _asked_line(name: str, wanted: Profile, machine: Machine) -> str:
     differs = changes(wanted, got)
     if not differs:
         return f"for {name}, and got it" if short == name else f"for {name}, got {short}: nothing changes"
-    retired = name.endswith("P100") and machine.run_type and machine.cards
+    retired = name.endswith("P100") and not short.endswith("P100") and machine.run_type and machine.cards
     why = " (Kaggle retired the P100 on 2026-09-15 and gives T4 x2 in its place)" if retired else ""
     return f"for {name}, got {short}{why}. What that changes: {'; '.join(differs)}"
 
@@ -382,4 +382,6 @@ def _versions_line(machine: Machine) -> str:
     names = ["python", *SHOWN, *(name for name in machine.needed if name not in (*SHOWN, "python"))]
     found = [f"{name} {machine.versions.get(name) or 'missing'}" for name in names]
     found.insert(2, f"cuda {machine.cuda}" if machine.cuda else "no cuda")
-    return ", ".join(text.replace(" ", _TOGETHER) for text in found)
+    if not machine.needed:
+        found.append("(the lowest that will do are not known: kd_kit is a bare folder here, not installed)")
+    return ", ".join(text.replace(" ", _TOGETHER) if text[0] != "(" else text for text in found)

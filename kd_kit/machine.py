@@ -140,7 +140,7 @@ def measure() -> Machine:
         memory=memory(),
         disks=free_disk(),
         internet=ask_hub(),
-        offline=offline_asked(),
+        offline=offline_asked() is not None,
         run_type=run_type(),
         sources=attached_sources(),
     )
@@ -262,10 +262,10 @@ def free_disk() -> dict[str, float]:
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def offline_asked() -> bool:
-    """Whether a variable says that the hub is not to be asked, as huggingface_hub reads them."""
-    asked = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return asked.upper() in ("1", "ON", "YES", "TRUE")
+def offline_asked() -> str | None:
+    """The variable that says that the hub is not to be asked, as huggingface_hub reads them; None without one."""
+    name = next((name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name)), None)
+    return name if name and os.environ[name].upper() in ("1", "ON", "YES", "TRUE") else None
 
 
 def hub_address() -> str:
@@ -276,8 +276,8 @@ def ask_hub(wait: float = _WAIT) -> str | None:
     """None if the hub answers within ``wait`` seconds, else why not. A name that is looked up in vain may take longer
     than any time-out of the request itself, so the asking is left behind then.
     """
-    if offline_asked():
-        return "not asked: HF_HUB_OFFLINE is set"
+    if variable := offline_asked():
+        return f"not asked: {variable} is set"
     said: list[str | None] = []
 
     def ask() -> None:

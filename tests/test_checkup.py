@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -139,6 +140,8 @@ def test_a_record_of_nothing_prints_too():
     assert "real step   not tried" in text
     assert "not tried" in next(line for line in text.splitlines() if line.startswith("attention"))
     assert "1 core\n" in text
+    assert "kd_kit is a bare folder here" in " ".join(text.split())
+    assert "bare folder" not in " ".join(str(judge(kaggle(T4))).split())
 
 
 # --- what is fatal ---------------------------------------------------------------------------------------------------
@@ -155,6 +158,8 @@ def test_a_p100_on_the_stock_image():
     assert not found.ok
     text = str(found)
     assert "kernels     NONE for sm_60" in text
+    for command in re.findall("`.*?`", problem.cure):
+        assert command in text, "a command is copied from one line"
     assert "real step   not tried: it could only fail" in text
     assert text.endswith("-> not ready: 1 problem to solve first")
     assert len(text.splitlines()) <= 30
@@ -256,6 +261,8 @@ def test_the_fatal_comes_first():
     assert [problem.fatal for problem in found.problems] == [True, False]
     text = str(found)
     assert text.index("PROBLEM") < text.index("look ")
+    both = judge(kaggle(unseen=("Tesla T4",), passes={"cpu": "forward and backward: RuntimeError: x"}))
+    assert [problem.fatal for problem in both.problems] == [True, False]
 
 
 # --- the card that was asked for -------------------------------------------------------------------------------------
@@ -265,6 +272,7 @@ def test_what_was_asked_for():
     assert judge(kaggle(T4)).asked is None
     assert judge(kaggle(P100, arch_list=CU126), asked="NvidiaTeslaP100").asked == "for P100, and got it"
     assert judge(kaggle(T4, T4), asked="T4 x2").asked == "for 2 x T4, and got it"
+    assert "retired" not in judge(kaggle(P100, P100, arch_list=CU126), asked="P100").asked
     ada = Card("NVIDIA L4", (8, 9), 40.0)
     assert judge(kaggle(ada), asked="A100").asked == "for A100, got L4: nothing changes"
     elsewhere = judge(kaggle(T4, T4, run_type=None), asked="P100").asked

@@ -39,6 +39,13 @@ lint: $(READY)
 bench: $(READY)  ## the figures in the README: distilled against LM-only, three paired seeds
 	$(BIN)/python -m kd_kit demo --seeds 3 --out build/demo.json
 
+kaggle-push: kaggle-names $(READY)  ## build and push: make kaggle-push KERNEL=distill-p100 OWNER=your-kaggle-name ARGS="--set HOURS=8"
+	$(BIN)/python -m kd_kit kaggle build $(KERNEL) --owner $(OWNER) $(ARGS)
+	$(BIN)/python -m kd_kit kaggle push $(KERNEL) --owner $(OWNER)
+
+kaggle-names:
+	@test -n "$(KERNEL)" && test -n "$(OWNER)" || { echo 'kaggle-push: expected KERNEL and OWNER; write: make kaggle-push KERNEL=distill-p100 OWNER=your-kaggle-name'; exit 1; }
+
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "kd_kit needs Python 3.11 to 3.13, got " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)

@@ -22,10 +22,7 @@ CREDENTIALS_HELP = (
     "make a token at https://www.kaggle.com/settings/api (Generate New Token) and save it to ~/.kaggle/access_token, "
     "or run `kaggle auth login`"
 )
-_NO_CLIENT = (
-    "Kaggle's client is not installed; install it: python -m pip install 'kd_kit[kaggle]' or python -m pip install "
-    "kaggle six"
-)
+_NO_CLIENT = "Kaggle's client is not installed; install it: python -m pip install kaggle six"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _TAIL = 5  # lines of an answer that is quoted whole
 

@@ -258,7 +258,7 @@ def without_assets(monkeypatch, tmp_path):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("teacher/config.json", "{}")
-        archive.writestr("corpus/persuasion.txt.bz2", bz2.compress("one\n\n\f\ntwo".encode()))
+        archive.writestr("corpus/persuasion.txt.bz2", bz2.compress(f"one{offline.CHAPTER_BREAK}two".encode()))
     data = buffer.getvalue()
     package = tmp_path / "package"
     package.mkdir()

@@ -47,8 +47,8 @@ def build(
 
     The notebook is the one that ``kaggle/KERNEL/build.json`` names, without outputs, and with a collapsed cell after
     its title that installs this very package. The same files and arguments give the same bytes (on machines with the
-    same release of liblzma). What an earlier build of the kernel had as its own output's source stays, so that
-    building and pushing again goes on with a run.
+    same release of liblzma). A kernel whose ``build.json`` says ``resume`` has its own output as a source, so that
+    building and pushing again goes on with a run; so has one that :func:`~kd_kit.kernel_push.resume` was called for.
 
     Args:
         kernel: a folder of ``kaggle/``.
@@ -71,7 +71,7 @@ def build(
     folder, slug = out / kernel, asked.pop("id").split("/")[1]
     attached = {
         "dataset_sources": datasets,
-        "kernel_sources": [*kernels, *_own(folder, f"{owner}/{slug}")],
+        "kernel_sources": [*kernels, *_own(folder, f"{owner}/{slug}", recipe)],
         "model_sources": models,
     }
     for key, more in attached.items():
@@ -191,8 +191,14 @@ def _check_parameters(defaults: str, parameters: Mapping[str, Any], name: str) -
             )
 
 
-def _own(folder: Path, name: str) -> list[str]:
-    """The kernel's own address if an earlier build has it as a source."""
+def _own(folder: Path, name: str, recipe: Mapping[str, Any]) -> list[str]:
+    """The kernel's own address, where a next version is to find the output of the last one.
+
+    From the first build on: whether there is an output yet, this machine cannot know. Without one Kaggle's client says
+    that the source is not valid, and pushes all the same.
+    """
+    if recipe.get("resume"):
+        return [name]
     if not (folder / METADATA).is_file():
         return []
     before = read_metadata(folder)

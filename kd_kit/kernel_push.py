@@ -28,8 +28,9 @@ def push(
 ) -> Pushed:
     """Send a built kernel to Kaggle, which starts a session of it.
 
-    Before that it is checked; the data set of the embedded pair is made where the account lacks it; and a kernel whose
-    ``build.json`` says ``resume`` and which has run before gets its own output as a source.
+    Before that it is checked; the data set of the embedded pair is made where the account lacks it; and a kernel that
+    has never run loses its own output as a source, which Kaggle would not find. One whose ``build.json`` says
+    ``resume`` has it again from its second push on.
 
     Args:
         kernel: as given to :func:`~kd_kit.kernel_build.build`.
@@ -54,7 +55,9 @@ def push(
             f"end (python -m kd_kit kaggle status {kernel}), cancel it at https://www.kaggle.com/code/{name}, or say "
             "--again"
         )
-    if before is not None and _goes_on(kernel, Path(root)):
+    if before is None:
+        _attach_own(folder, attach=False)
+    elif _goes_on(kernel, Path(root)):
         resume(kernel, out)
     pushed = read_push(name, *ask_client("kernels", "push", "-p", str(folder), limit=limit))
     if any("retired" in remark for remark in pushed.remarks):  # Kaggle says it itself
@@ -116,13 +119,19 @@ def resume(kernel: str, out: str | Path = OUT) -> Path:
         ValueError: the kernel is not built.
     """
     folder = Path(out) / kernel
-    metadata = read_metadata(folder)
-    name = metadata["id"]
-    sources = metadata.setdefault("kernel_sources", [])
-    if not any(source == name or source.startswith(f"{name}/") for source in sources):
-        sources.append(name)
-        (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    _attach_own(folder, attach=True)
     return folder / METADATA
+
+
+def _attach_own(folder: Path, *, attach: bool) -> None:
+    """Write a kernel's own output into its sources, or out of them."""
+    metadata = read_metadata(folder)
+    name, before = metadata["id"], metadata.get("kernel_sources", [])
+    own = [source for source in before if source == name or source.startswith(f"{name}/")]
+    after = [source for source in before if source not in own] + ((own or [name]) if attach else [])
+    if sorted(after) != sorted(before):
+        metadata["kernel_sources"] = after
+        (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
 def _goes_on(kernel: str, root: Path) -> bool:

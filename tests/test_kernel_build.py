@@ -157,7 +157,7 @@ def test_parameters_and_sources_of_the_call(clone, tmp_path):
     )
     metadata = json.loads((folder / METADATA).read_text())
     assert metadata["dataset_sources"] == [f"ada/{PAIR_SLUG}", "bob/texts/3"]
-    assert metadata["kernel_sources"] == ["ada/distill-p100"]
+    assert metadata["kernel_sources"] == ["ada/distill-p100", "ada/distill-t4x2"], "its own output, to go on from"
     assert metadata["model_sources"] == ["qwen-lm/qwen-3/transformers/0.6b/1"]
     assert (tmp_path / PAIR_SLUG / PAIR_FILE).is_file(), "a source names it"
     notebook = notebook_of(folder)

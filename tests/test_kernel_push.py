@@ -155,18 +155,31 @@ def test_a_refusal_passes_through(server):
 
 
 def test_resume_adds_its_own_output_once(server, tmp_path):
-    build("distill-p100", USER, tmp_path)
-    path = resume("distill-p100", tmp_path)
+    build("quickstart-cpu", USER, tmp_path)
+    path = resume("quickstart-cpu", tmp_path)
     once = path.read_bytes()
-    assert json.loads(once)["kernel_sources"] == [f"{USER}/distill-p100"]
-    assert resume("distill-p100", tmp_path).read_bytes() == once
-    build("distill-p100", USER, tmp_path)
+    assert json.loads(once)["kernel_sources"] == [f"{USER}/quickstart-cpu"]
+    assert resume("quickstart-cpu", tmp_path).read_bytes() == once
+    build("quickstart-cpu", USER, tmp_path)
     assert path.read_bytes() == once, "it stays when the kernel is built again"
-    path.write_text(json.dumps(json.loads(once) | {"kernel_sources": [f"{USER}/distill-p100/4"]}))
-    resume("distill-p100", tmp_path)
-    assert json.loads(path.read_text())["kernel_sources"] == [f"{USER}/distill-p100/4"], "a version was chosen"
+    path.write_text(json.dumps(json.loads(once) | {"kernel_sources": [f"{USER}/quickstart-cpu/4"]}))
+    resume("quickstart-cpu", tmp_path)
+    assert json.loads(path.read_text())["kernel_sources"] == [f"{USER}/quickstart-cpu/4"], "a version was chosen"
     with pytest.raises(ValueError, match="build the kernel first"):
         resume("none", tmp_path)
+
+
+def test_a_distillation_has_its_own_output_as_a_source_but_not_in_its_first_push(server):
+    name = f"{USER}/distill-p100"
+    folder = build("distill-p100", USER)
+    assert read_metadata(folder)["kernel_sources"] == [name], "for whoever pushes it with the client itself"
+    push("distill-p100")
+    server.status[name] = "COMPLETE"
+    push("distill-p100")
+    server.status[name] = "COMPLETE"
+    build("distill-p100", USER)
+    push("distill-p100")
+    assert [body.get("kernelDataSources", []) for body in server.kernels[name]] == [[], [name], [name]]
 
 
 def test_status_and_output(server, tmp_path):

@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# what a session on Kaggle runs with, for kaggle-test
+# what a session on Kaggle runs with, for kaggle-test: its versions exist for Python 3.11 and 3.12
+KAGGLE_PYTHON ?= $(PYTHON)
 KAGGLE_VENV ?= .venv-kaggle
 KAGGLE_READY := $(KAGGLE_VENV)/.ready
 
@@ -53,7 +54,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	touch $(READY)
 
 $(KAGGLE_READY): tests/kaggle_session/requirements.txt
-	$(PYTHON) -m venv --clear $(KAGGLE_VENV)
+	$(KAGGLE_PYTHON) -m venv --clear $(KAGGLE_VENV)
 	$(KAGGLE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/kaggle_session/requirements.txt
 	touch $(KAGGLE_READY)
 

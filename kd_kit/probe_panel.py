@@ -18,7 +18,7 @@ from kd_kit import looks
 from kd_kit.dashboard import in_notebook
 from kd_kit.drawing import figure_png
 from kd_kit.kd_terms import METHODS
-from kd_kit.panel import show_widget
+from kd_kit.panel import show_widget, widgets_wanted
 from kd_kit.probe import Probe
 from kd_kit.probe_settings import PROJECTORS
 from kd_kit.scales import ScaleReport
@@ -58,10 +58,12 @@ class ProbePanel(Probe):
             before.close()
         _OPEN[key] = self
         bundle = self._bundle()
-        self._boxes = self._built()
-        show_widget(self._boxes[0], "Controls of the probe: they are there while the notebook is live.")
+        if widgets_wanted():
+            self._boxes = self._built()
+            show_widget(self._boxes[0], "Controls of the probe: they are there while the notebook is live.")
         self._handle = display(bundle, raw=True, display_id=True)
-        show_widget(self._boxes[1], "Scales and looks: they are there while the notebook is live.")
+        if self._boxes:
+            show_widget(self._boxes[1], "Scales and looks: they are there while the notebook is live.")
 
     def close(self) -> None:
         """Take the controls away and give the kept passes up; the last table and picture stay where they are."""

@@ -367,7 +367,8 @@ def time_left(facts: Facts) -> Found:
     if math.isinf(left):
         return f"{measured}, no limit", OK, ""
     measured += f", {span(max(left, 0))} left"
-    usable = left - 60
+    spare = min(60, one.session.budget / 20)  # for what comes after the last step
+    usable = left - spare
     fitting = max(int(usable / per_step), 0)
     if fitting < 1:
         cure = "the session is as good as over: start a new one, and the run goes on where its folder says"
@@ -380,7 +381,7 @@ def time_left(facts: Facts) -> Found:
             return f"{measured}; ends by itself", OK, ""
         cure = f"not even the decay of {falling:,} steps fits into what is left: steps={fitting:,}, or more hours="
         return measured, LOOK, cure
-    sessions = sessions_needed(needed, usable, max(one.session.budget - 60, per_step))
+    sessions = sessions_needed(needed, usable, max(one.session.budget - spare, per_step))
     cure = (
         f"it takes {sessions} sessions, and goes on by itself in the next one; to end in this one: "
         f"finish_in_session=True, which starts the rate's decay in time, or steps={fitting:,}"

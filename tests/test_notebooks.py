@@ -41,9 +41,9 @@ def quickstart(tmp_path_factory):
         "01_quickstart.ipynb",
         folder,
         {
-            'corpus("student")': 'corpus("student")[:6]',
-            'corpus("held_out")': 'corpus("held_out")[:2]',
-            "window=256": "window=64",
+            "CHAPTERS = None": "CHAPTERS = 6",
+            "HELD_OUT = None": "HELD_OUT = 2",
+            "WINDOW = 256": "WINDOW = 64",
             "STEPS = 300": "STEPS = 20",
             'kd.build_session("quickstart")': f'kd.build_session("quickstart", folder={str(folder)!r})',
         },
@@ -87,8 +87,10 @@ def test_quickstart_trains_the_recipe_that_is_measured():
         c.source for c in nbformat.read(NOTEBOOKS / "01_quickstart.ipynb", as_version=4).cells if c.cell_type == "code"
     )
     rate = f"{recipe.learning_rate:.0e}".replace("e-0", "e-")
-    assert f"window={recipe.window}, batch_size={recipe.batch_size}" in source
-    assert f"steps={recipe.steps}, learning_rate={rate}" in source
+    for name, value in {"WINDOW": recipe.window, "STEPS": recipe.steps, "CHAPTERS": None, "HELD_OUT": None}.items():
+        assert f"{name} = {value}" in source
+    assert f"window=WINDOW, batch_size={recipe.batch_size}" in source
+    assert f"steps=STEPS, learning_rate={rate}" in source
     assert f"LearningRate(warmup={recipe.warmup:g})" in source
     assert f"kd.kd_term({recipe.kd_weight:g}" in source
     assert f"kd.lm_term({1 - recipe.kd_weight:.2g})" in source
@@ -113,10 +115,11 @@ def debug(tmp_path_factory):
         "02_debug_loss_magnitudes.ipynb",
         folder,
         {
-            'corpus("student")[:12]': 'corpus("student")[:6]',
-            'corpus("held_out")[:3]': 'corpus("held_out")[:1]',
-            "window=128": "window=64",
-            "steps=60, eval_every=20, eval_windows=16": "steps=24, eval_every=12, eval_windows=4",
+            "CHAPTERS = 12": "CHAPTERS = 6",
+            "HELD_OUT = 3": "HELD_OUT = 1",
+            "WINDOW = 128": "WINDOW = 64",
+            "STEPS = 60": "STEPS = 24",
+            "eval_every=20, eval_windows=16": "eval_every=12, eval_windows=4",
             "early.fit(steps=20)": "early.fit(steps=5)",
             'kd.build_session(f"debug-{name}")': f'kd.build_session(f"debug-{{name}}", folder={str(folder)!r})',
         },

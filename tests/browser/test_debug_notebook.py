@@ -30,7 +30,7 @@ def notebook_file(tmp_path_factory):
     names = [cell for cell in notebook.cells[first:last] if "student_layer, teacher_layer = " in cell.source]
     kept = [*notebook.cells[:first], *names, *summed, *notebook.cells[last : end + 1]]
     for cell in kept:
-        cell.source = cell.source.replace("steps=60, eval_every=20", "steps=100_000, eval_every=100_000")
+        cell.source = cell.source.replace("steps=STEPS, eval_every=20", "steps=100_000, eval_every=100_000")
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     assert sum("100_000" in cell.source for cell in kept) == 1

@@ -18,6 +18,8 @@ _MEMORY = 4.0  # GiB: a teacher of a billion parameters on its way to the card
 _SOURCES = 6
 _TOGETHER = "\N{NO-BREAK SPACE}"
 
+_PRECISION = {"no": "float32", "fp16": "float16 autocast with loss scaling", "bf16": "bfloat16 autocast"}
+
 
 class Problem(NamedTuple):
     """Something that is not in order, and what to do about it. After a fatal one no run can begin."""
@@ -81,7 +83,7 @@ class Diagnosis:
         fatal = sum(problem.fatal for problem in self.problems)
         if fatal:
             return f"-> not ready: {fatal} problem{'s' * (fatal > 1)} to solve first"
-        chosen = f"-> ready: {self.profile.name}, precision {self.precision}"
+        chosen = f"-> ready: {self.profile.name}, {_PRECISION[self.precision]}"
         return f"{chosen}, {len(self.problems)} to look at" if self.problems else chosen
 
     def __repr__(self) -> str:
@@ -329,9 +331,8 @@ def _passes_line(machine: Machine) -> str:
 
 
 def _precision_line(profile: Profile) -> str:
-    words = {"no": "float32", "fp16": "float16 autocast with loss scaling", "bf16": "bfloat16 autocast"}
-    student = f"student {words[profile.precision]} on {profile.student_device}"
-    return f"{profile.precision} ({student}, teacher {profile.teacher_dtype} on {profile.teacher_device})"
+    student = f"student {_PRECISION[profile.precision]} on {profile.student_device}"
+    return f"{student}, teacher {profile.teacher_dtype} on {profile.teacher_device}"
 
 
 def _attention_line(machine: Machine) -> str:

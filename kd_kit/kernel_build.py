@@ -75,7 +75,8 @@ def build(
         "model_sources": models,
     }
     for key, more in attached.items():
-        asked[key] = list(dict.fromkeys([*asked.get(key, []), *more]))
+        every = (source.replace(f"{PLACEHOLDER}/", f"{owner}/", 1) for source in (*asked.get(key, []), *more))
+        asked[key] = list(dict.fromkeys(every))
     metadata = kernel_metadata(owner, slug, **asked)
 
     path = root / recipe["notebook"]

@@ -237,4 +237,6 @@ def export(
         tokenizers.student.save_pretrained(folder)
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes for the owner only; this is to be given away
     return folder

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kd_kit.offline import PAIR_FILE, PAIR_RECORD
 
-LINE = 1000  # characters of a line of the packed cell: few lines, and none too long for an editor
+LINE = 10_000  # characters of a line of the packed cell: pages show hidden cells, and few lines are scrolled over
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_kit.forecast import how_to_go_on
 from kd_kit.kaggle_place import MOST_BYTES, MOST_FILES, kaggle_working, on_kaggle
 from kd_kit.session import shown
 from kd_kit.table import span
@@ -16,7 +17,7 @@ class Summary:
     """What :meth:`kd_kit.trainer.Trainer.summary` returns: lines of (name, text), printed aligned.
 
     Attributes:
-        done: whether the run is at its end.
+        done: whether the run is at its end, and its control if one was begun.
         problems: what of the output cannot stay as it is.
     """
 
@@ -42,8 +43,18 @@ def summarise(trainer, report=None, *, expected: tuple[str | os.PathLike, ...] =
         text, problems = _output(root, session.folder, [Path(path) for path in expected])
         lines.append(("output", text))
         lines += [("look", problem) for problem in problems]
+    if rest is None and (left := _control_left(trainer)):
+        rest = f"the LM-only control has {left:,} steps left; {how_to_go_on(session)}"
     lines.append(("next", rest or "nothing: the run is at its end"))
     return Summary(rest is None, tuple(lines), tuple(problems))
+
+
+def _control_left(trainer) -> int:
+    """Steps that a control which was begun still has before it; 0 for one that is at its end, or was never begun."""
+    if trainer.control_history is None:
+        return 0
+    last = trainer.control_history.last("train")
+    return max(trainer.total_steps - (last["step"] if last else 0), 0)
 
 
 def _state(trainer, rest: str | None) -> str:

@@ -78,7 +78,8 @@ def test_what_is_chosen_and_the_whole_report(machine, chosen):
     assert (found.profile.name, found.precision, found.attention, found.experts, found.teacher_device) == chosen
     assert (found.ok, found.problems) == (True, ())
     lines = str(found).splitlines()
-    assert lines[-1] == repr(found) == f"-> ready: {chosen[0]}, precision {chosen[1]}"
+    words = {"no": "float32", "fp16": "float16 autocast with loss scaling", "bf16": "bfloat16 autocast"}
+    assert lines[-1] == repr(found) == f"-> ready: {chosen[0]}, {words[chosen[1]]}"
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100
     for name, version in VERSIONS.items():
@@ -92,7 +93,7 @@ def test_the_report_of_two_t4s_line_by_line():
         "card        2 x Tesla T4, 14.7 GiB each, capability 7.5\n"
         "kernels     sm_75 is built in\n"
         "real step   cuda:0 ok, cuda:1 ok (a tiny student learns a step, tiny experts read a batch)\n"
-        "precision   fp16 (student float16 autocast with loss scaling on cuda:0, teacher float16 on cuda:1)\n"
+        "precision   student float16 autocast with loss scaling on cuda:0, teacher float16 on cuda:1\n"
         "attention   sdpa: memory-efficient, math\n"
         "experts     eager\n"
         "Triton      3.6.0\n"
@@ -112,7 +113,7 @@ def test_the_report_of_two_t4s_line_by_line():
         "            place). What that changes: two separate cards, so that teacher and student need not\n"
         "            share one; tensor cores, so that half precision is faster and not only smaller;\n"
         "            torch.compile is possible; precision stays float16\n"
-        "-> ready: T4 x2, precision fp16"
+        "-> ready: T4 x2, float16 autocast with loss scaling"
     )
 
 
@@ -246,7 +247,7 @@ def test_the_surroundings():
     ]
     assert "phone-verified" in found.problems[2].cure
     assert "phone" not in judge(replace(machine, run_type=None)).problems[2].cure
-    assert str(found).endswith("-> ready: T4, precision fp16, 3 to look at")
+    assert str(found).endswith("-> ready: T4, float16 autocast with loss scaling, 3 to look at")
     assert "internet    off" in str(found)
 
 

@@ -108,7 +108,7 @@ def test_what_each_kernel_asks_kaggle_for(built):
     ("kernel", "expected"),
     [
         ("distill-p100", {"ASKED_FOR": "P100"}),
-        ("distill-t4x2", {"ASKED_FOR": "T4 x2", "TEACHER_DEVICE": "cuda:1"}),
+        ("distill-t4x2", {"ASKED_FOR": "T4 x2"}),
     ],
 )
 def test_parameters_come_after_their_defaults(built, kernel, expected):
@@ -164,11 +164,15 @@ def test_parameters_and_sources_of_the_call(clone, tmp_path):
     source = notebook.cells[tagged(notebook, "injected-parameters")[0]].source
     assert source.splitlines()[1:] == [
         "ASKED_FOR = None",
-        "TEACHER_DEVICE = 'cuda:1'",
         "HOURS = 2",
         "RUN = 'mine'",
         "OFFLINE_FALLBACK = True",
     ]
+
+
+def test_a_source_that_the_metadata_names_for_the_owner_may_be_given_again(clone, tmp_path):
+    folder = build("quickstart-cpu", "ada", tmp_path, datasets=[f"ada/{PAIR_SLUG}"], root=clone)
+    assert json.loads((folder / METADATA).read_text())["dataset_sources"] == [f"ada/{PAIR_SLUG}"]
 
 
 def test_its_own_output_stays_a_source(clone, tmp_path):

@@ -9,6 +9,7 @@ from kd_kit import evaluate, export
 from kd_kit.checkpoint import CheckpointError
 from kd_kit.kaggle_place import MOST_BYTES, room
 from kd_kit.model_card import model_card
+from kd_kit.trainer import Trainer
 
 
 @pytest.fixture
@@ -111,6 +112,24 @@ def test_the_card_of_an_exported_student(tmp_path):
     assert f"bits per byte {trainer.best:.4f} at step {trainer.best_step}" in early
     assert "base_model" not in early
     assert "Not evaluated." in model_card(make_trainer(tmp_path / "other"), **names)
+
+
+def test_a_control_that_is_not_at_its_end_is_to_be_gone_on_with(tmp_path):
+    trainer = make_trainer(tmp_path / "run", steps=4)
+    trainer.fit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_time_is_over", lambda self: self.step == 2)
+        report = evaluate(trainer, control=True, limit=2)
+    assert "LM-only control" not in report.rows
+    summary = trainer.summary(report)
+    assert not summary.done
+    assert lines_of(summary)["next"].startswith(
+        "the LM-only control has 2 steps left; to go on: run the notebook again"
+    )
+    later = make_trainer(tmp_path / "run", steps=4)
+    report = evaluate(later, control=True, limit=2)
+    assert "LM-only control" in report.rows
+    assert later.summary(report).done
 
 
 def test_the_clock_is_part_of_it(tmp_path):

@@ -72,7 +72,7 @@ CASES = {
         # the models of the mission and nobody to give them: the pair instead, as the parameter says
         Case(
             "distill-t4x2",
-            LITTLE | {"OFFLINE_FALLBACK": True, "TEACHER_DEVICE": None},
+            LITTLE | {"OFFLINE_FALLBACK": True},
             says={
                 "kd.doctor(": "T4",
                 "find_sources(\n": "INSTEAD of them, as asked for",

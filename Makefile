@@ -8,7 +8,7 @@ KAGGLE_PYTHON ?= $(PYTHON)
 KAGGLE_VENV ?= .venv-kaggle
 KAGGLE_READY := $(KAGGLE_VENV)/.ready
 
-.PHONY: demo test torture real-test browser-test kaggle-test lint bench clean
+.PHONY: demo test torture real-test browser-test kaggle-test kaggle-push kaggle-names lint bench clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from kd_kit.forecast import how_to_go_on
 from kd_kit.kaggle_place import MOST_BYTES, MOST_FILES, kaggle_working, on_kaggle
-from kd_kit.session import shown
 from kd_kit.table import span
 
 
@@ -116,7 +115,7 @@ def _output(root: Path, run: Path, expected: list[Path]) -> tuple[str, list[str]
         strange = sorted(name for name in sizes if name not in known and not name.startswith("__"))
         if strange:
             problems.append(f"{', '.join(strange[:6])} in {root} are no part of this run: they are kept with it")
-    return f"{count:,} files, {_size(total)} in {shown(root)}: {parts}", problems
+    return f"{count:,} files, {_size(total)} in {root}: {parts}", problems
 
 
 def _size(size: int) -> str:

@@ -6,6 +6,8 @@ missing, and not hours later.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -159,10 +161,22 @@ def _refuse_path(name: str, kind: str) -> None:
         )
 
 
+def _use_secret() -> None:
+    """Sign in to the hub, for gated models, with a Kaggle Secret named HF_TOKEN, if one is attached."""
+    from huggingface_hub import get_token
+
+    if get_token() is None and importlib.util.find_spec("kaggle_secrets") is not None:
+        from kaggle_secrets import UserSecretsClient
+
+        with contextlib.suppress(Exception):  # no such secret, or none attached: what is public needs none
+            os.environ["HF_TOKEN"] = UserSecretsClient().get_secret("HF_TOKEN")
+
+
 def _ask_hub(name: str, kind: str, file: str | None) -> None:
     """Raise if the hub does not give this, unless it was fetched before."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
+    _use_secret()
     if file is not None and isinstance(try_to_load_from_cache(name, file), str):
         return
     try:

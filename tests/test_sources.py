@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
+import sys
+import types
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,6 +94,27 @@ def test_a_name_of_the_hub_is_asked_for_and_kept(inputs, monkeypatch):
     found = find_sources(teacher="me/teacher", student="me/student", text="embedded")
     assert (found.teacher, found.student) == ("me/teacher", "me/student")
     assert asked == [("me/teacher", "model", "config.json"), ("me/student", "model", "config.json")]
+
+
+def test_a_kaggle_secret_signs_in_to_the_hub(inputs, monkeypatch):
+    import huggingface_hub
+
+    seen = []
+
+    class Api:
+        def repo_info(self, name, **_):
+            seen.append((name, huggingface_hub.get_token()))
+
+    secrets = types.ModuleType("kaggle_secrets")
+    secrets.__spec__ = importlib.machinery.ModuleSpec("kaggle_secrets", None)
+    secrets.UserSecretsClient = lambda: SimpleNamespace(get_secret=lambda name: f"the secret {name}")
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", secrets)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setenv("HF_TOKEN", "")  # so that it is as it was afterwards
+    monkeypatch.setenv("HF_TOKEN_PATH", str(inputs / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(inputs / "none"))
+    find_sources(teacher="me/gated", student=offline.STUDENT, text="embedded")
+    assert seen == [("me/gated", "the secret HF_TOKEN")]
 
 
 def texts_of(text, **more) -> list[str]:

@@ -31,6 +31,7 @@ PER_SHARD = 256
 """Windows of a shard, a quarter of an hour of work at most; fewer of a small text."""
 
 _SHARD = re.compile(r"shard-(\d{5,})-([0-9a-f]{16})\.safetensors")
+_LEFTOVER = re.compile(rf"\.shard-\d{{5,}}-\d+(\.tmp\w*)?|\.{re.escape(MANIFEST)}-\d+|\.tmp\w{{6}}")  # safetensors' too
 _OFFSETS = "offsets/"
 
 
@@ -134,12 +135,22 @@ class Cache:
         """A piece as it is written: ids as narrow as the student's vocabulary allows, numbers in the precision."""
         if name.endswith("/ids"):
             return tensor.detach().cpu().to(getattr(torch, self.manifest["ids"]))
-        return tensor.detach().cpu().to(torch.float16 if self.manifest["precision"] == "half" else torch.float32)
+        tensor = tensor.detach().cpu().float()
+        if self.manifest["precision"] == "full":
+            return tensor
+        half = tensor.half()
+        if not torch.equal(half.isinf(), tensor.isinf()):
+            raise ValueError(
+                f"build_cache: expected {name} within the range of float16 (65,504), got "
+                f"{float(tensor[tensor.isfinite()].abs().max()):.3g}; call build_cache(trainer, precision='full'), "
+                f"after deleting what is in {str(self.folder)!r}"
+            )
+        return half
 
     def clear_leftovers(self) -> None:
         """Delete what killed builds left half written."""
         for path in self.folder.glob(".*"):
-            if path.name.startswith((".shard-", f".{MANIFEST}-", ".tmp")):
+            if _LEFTOVER.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
 
     def drop_damaged(self) -> list[str]:

@@ -220,10 +220,14 @@ def _take_attached(cache: Cache) -> None:
             continue
         with contextlib.suppress(ValueError):  # of another format: none of ours
             other = Cache.open(folder)
-            same = all(other.manifest.get(key) == cache.manifest[key] for key in ("made_of", "precision", "per_shard"))
-            if same and (taken := cache.take_from(other)):
+            wanted = cache.manifest["made_of"] | {key: cache.manifest[key] for key in ("precision", "per_shard")}
+            held = other.manifest["made_of"] | {key: other.manifest[key] for key in ("precision", "per_shard")}
+            if differs := [name for name in wanted if held.get(name) != wanted[name]]:
+                print(f"cache: the one in {folder} has another content ({', '.join(differs)}) and is not used")
+            elif taken := cache.take_from(other):
                 print(f"cache: {taken:,} shards copied from {folder}")
                 cache.manifest["fidelity"] = cache.manifest["fidelity"] or other.manifest.get("fidelity")
+                cache.write_manifest()
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -324,6 +328,7 @@ def _use(cache: Cache, trainer, live, home: torch.device) -> None:
     """Let a trainer read the cache from here on."""
     trainer.teacher = CachedTeacher(live, cache, trainer.data.train, home=home)
     trainer.teacher.rest()
+    trainer.floor_seconds = None  # was measured with the teacher's part of a step
     trainer.history.append(
         {
             "kind": "event",

@@ -207,8 +207,13 @@ def read_push(kernel: str, output: str, errors: str) -> Pushed:
     for what, names in _UNKNOWN.findall(output):
         if what == "tags":
             remarks.append(f"Kaggle does not know the keywords {names}")
-        else:
-            left_out.append(f"{what} {', '.join(_names(names))}")
+            continue
+        unknown = _names(names)
+        if what == "kernel sources" and kernel in unknown:  # its earlier sessions failed, or were killed
+            unknown.remove(kernel)
+            remarks.append(f"{kernel} has no output yet to go on from: this session begins anew")
+        if unknown:
+            left_out.append(f"{what} {', '.join(unknown)}")
     version = None if done[1] is None else int(done[1])
     if left_out:
         raise KaggleError(

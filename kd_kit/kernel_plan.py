@@ -82,6 +82,11 @@ def plan(
         )
     runs = _runs(Path(folder))
     chosen = {name: place for name, place in runs.items() if run in (None, name)}
+    if not runs and any(Path(folder).rglob("CACHE.json")):
+        raise ValueError(
+            f"plan: expected a run with checkpoints below {str(folder)!r}, got one that is still in its first phase, a "
+            "teacher cache and no step yet; push it again: the cache goes on where it stopped"
+        )
     if not chosen:
         what = (
             f"a run of {sorted(runs)}, got {run!r}"

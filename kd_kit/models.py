@@ -132,6 +132,12 @@ def build_teacher(
     import transformers
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise ValueError(
+            f"build_teacher: expected device= as 'cpu' or one of {cards} cards, got {str(device)!r}; leave it out, "
+            "or take kd.doctor().teacher_device"
+        )
     profile = profile_for(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
     dtype = dtype or getattr(torch, profile.teacher_dtype)
     extra = _gguf_arguments() if os.fspath(name).endswith(".gguf") else {}

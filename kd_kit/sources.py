@@ -20,6 +20,7 @@ from kd_kit.kaggle_place import attached, kaggle_input
 PATIENCE = 15.0
 """Seconds that one question to the hub may take."""
 
+_ABOUT = re.compile(r"(readme|licen[cs]e|dataset-metadata|dataset_infos?)\b", re.IGNORECASE)
 _KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -144,7 +145,8 @@ def _attached(name: str, folders: Iterable[Path]) -> Path | None:
         parts = [_slug(part) for part in folder.relative_to(kaggle_input()).parts]
         if any(parts[at : at + len(wanted)] == wanted for at in range(len(parts))):
             return folder
-        if alone is None and wanted[-1] in parts:
+        # of a longer path every part counts: its last one is a version
+        if alone is None and len(wanted) <= 2 and wanted[-1] in parts:
             alone = folder
     return alone
 
@@ -225,10 +227,12 @@ def _read_files(path: Path, column: str, documents: int) -> list[str]:
     from datasets import load_dataset
 
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _KINDS)
+    if len(files) > 1:  # what is said about the text is none of it
+        files = [p for p in files if not _ABOUT.match(p.name)] or files
     kinds = [_KINDS.get(p.suffix) for p in files]
     if not files or kinds[0] is None:
         raise ValueError(f"expected {', '.join(_KINDS)} files, got {str(path)!r}, which has none of them")
-    kind = max(set(kinds), key=kinds.count)
+    kind = max(dict.fromkeys(kinds), key=kinds.count)  # of several as common, the first by name: so in every session
     files = [p for p, of in zip(files, kinds, strict=True) if of == kind]
     if kind == "text":
         texts: list[str] = []
@@ -259,9 +263,17 @@ def _read_hub(name: str, config: str | None, split: str, column: str, documents:
 
 
 def _column(rows, column: str, documents: int, name: str) -> list[str]:
-    texts = []
-    for row in rows.take(documents):
-        if column not in row:
-            raise ValueError(f"expected a column {column!r} in {name!r}, got {', '.join(map(str, row))}")
-        texts.append(row[column])
-    return texts
+    texts: list[str] = []
+    try:
+        for row in rows.take(documents):
+            if column not in row:
+                break
+            texts.append(row[column])
+        else:
+            return texts
+    except Exception as error:  # a lost connection, a damaged file
+        raise ValueError(
+            f"expected {documents:,} rows of {name!r}, got {len(texts):,} and then {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    raise ValueError(f"expected a column {column!r} in {name!r}, got {', '.join(map(str, row))}")

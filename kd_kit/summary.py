@@ -111,7 +111,10 @@ def _output(root: Path, run: Path, expected: list[Path]) -> tuple[str, list[str]
     if total > MOST_BYTES:
         problems.append(f"{_size(total)}: Kaggle keeps {_size(MOST_BYTES)}; delete some of {root}")
     if on_kaggle():
-        known = {path.resolve().relative_to(root.resolve()).parts[0] for path in (run, *expected)}
+        top = root.resolve()
+        known = {p.relative_to(top).parts[0] for p in map(Path.resolve, (run, *expected)) if top in p.parents}
+        if top not in run.resolve().parents:
+            problems.append(f"the run lies in {run}, which Kaggle does not keep: use mirror=, or copy it to {root}")
         strange = sorted(name for name in sizes if name not in known and not name.startswith("__"))
         if strange:
             problems.append(f"{', '.join(strange[:6])} in {root} are no part of this run: they are kept with it")

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kd_kit.cached_teacher import CachedTeacher
 from kd_kit.evaluation import Agreement, Score, agreement, score
 from kd_kit.head import alone_with, body_of
 from kd_kit.memory import size_of
@@ -222,11 +223,13 @@ class Trial:
 
     def _score_teacher(self) -> None:
         one = self._copy
-        self.scores["teacher"] = score(one.teacher.model, one.data.held_out, side="teacher", limit=_WINDOWS)
+        with one.teacher.awake():
+            self.scores["teacher"] = score(one.teacher.model, one.data.held_out, side="teacher", limit=_WINDOWS)
 
     def _agree(self) -> None:
         one = self._copy
-        found = agreement({"student": one.student}, one.teacher, one.data.held_out, batch_size=4, limit=4)
+        with one.teacher.awake():
+            found = agreement({"student": one.student}, one.teacher, one.data.held_out, batch_size=4, limit=4)
         self.agreement = found["student"]
 
     def _reach(self) -> None:
@@ -290,13 +293,13 @@ class Trial:
         self.step_seconds, self.floor_seconds = statistics.median(full), statistics.median(floor)
 
     def _floor_step(self, plain: DistillModule) -> float:
-        """The teacher's body over the text, and the student's step on the text alone."""
+        """The teacher's body over the text, where it is not cached, and the student's step on the text alone."""
         one, batches = self._copy, self._batches[_BEFORE_SAVE]
         started = self._now()
         count = sum(len(batch.rows) for batch in batches)
         for host in one._pieces(batches):
             batch = host.to(self._device, non_blocking=True)
-            if one.teacher is not None:
+            if one.teacher is not None and not isinstance(one.teacher, CachedTeacher):
                 with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
                     ids = batch.teacher_ids.to(one.teacher.device)
                     with alone_with(one.teacher.model):

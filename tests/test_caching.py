@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 
@@ -204,6 +205,9 @@ def test_shards_of_an_attached_output_are_taken(tmp_path, monkeypatch, capsys):
     assert asked == [1]
     assert f"{len(done.shards) - 1} shards copied from {there}" in capsys.readouterr().out
     assert names_of(again) == names_of(done)
+    assert Cache.open(again.folder).manifest["fidelity"] == done.manifest["fidelity"], "known without asking again"
+    build_cache(trainer_at(tmp_path / "third", "bridge"), per_shard=2)
+    assert f"{there} has another content (span_log_probs, states, routing) and is not used" in capsys.readouterr().out
 
 
 def test_a_cache_of_something_else_is_refused_with_what_differs(tmp_path):
@@ -275,6 +279,56 @@ def test_terms_that_the_cache_lacks_are_refused_in_a_change(tmp_path):
     with pytest.raises(ValueError, match="can serve, got some that want the reading 'bridge taught top 32'"):
         change_terms(trainer, [lm_term(0.5), kd_term(0.5, top_k=32)])
     assert change_terms(trainer, [lm_term(0.5), kd_term(0.9, top_k=16)])
+
+
+def test_states_beyond_float16_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    signal = LiveTeacher.signal
+
+    def large(self, batch):
+        found = signal(self, batch)
+        for states in found.states.values():
+            states[..., 0] = 1e5
+        return found
+
+    monkeypatch.setattr(LiveTeacher, "signal", large)
+    with pytest.raises(ValueError, match=r"states/\d within the range of float16 \(65,504\), got 1e\+05; .*'full'"):
+        build_cache(trainer_at(tmp_path / "half", "feature"))
+    assert list((tmp_path / "half" / "cache").iterdir()) == []
+    assert build_cache(trainer_at(tmp_path / "full", "feature"), precision="full").complete
+
+
+def test_only_leftovers_of_its_own_are_cleared_away(tmp_path):
+    folder = tmp_path / "cache"
+    (folder / ".tmpdir").mkdir(parents=True)
+    for name in (".tmp-my-notes", ".shard-00001-77", ".tmpAb3dE9"):
+        (folder / name).touch()
+    cache = build_cache(trainer_at(tmp_path / "run", "bridge"), folder)
+    assert {n for n in names_of(cache) if n.startswith(".")} == {".tmpdir", ".tmp-my-notes"}
+
+
+def test_a_resting_teacher_is_woken_for_what_only_the_model_can_say(tmp_path):
+    trainer = trainer_at(tmp_path, "bridge", steps=40)
+    build_cache(trainer)
+    awake = []
+
+    class Woken(CachedTeacher):
+        @contextlib.contextmanager
+        def awake(self):
+            awake.append(True)
+            yield
+            awake.pop()
+
+    trainer.teacher.__class__ = Woken
+    asleep = []
+    model = trainer.teacher.model
+    hook = model.model.register_forward_pre_hook(lambda *_: asleep.append("asleep") if not awake else None)
+    try:
+        assert run_preflight(trainer).ok
+        trainer.fit(steps=2)
+        evaluate(trainer, limit=2)
+    finally:
+        hook.remove()
+    assert asleep == []
 
 
 def test_a_missing_shard_is_said_by_name(tmp_path):

@@ -207,6 +207,15 @@ def test_lists_that_are_none_are_quoted_as_they_are():
         read_push("ada/x", text, "")
 
 
+def test_its_own_output_that_is_not_there_yet_is_a_remark():
+    text = "The following are not valid kernel sources and could not be added to the kernel: {}\n"
+    text += "Kernel version 2 successfully pushed.  Please check progress at https://k/x"
+    [remark] = read_push("ada/x", text.format(["ada/x"]), "").remarks
+    assert remark == "ada/x has no output yet to go on from: this session begins anew"
+    with pytest.raises(KaggleError, match="without kernel sources bob/y, which"):
+        read_push("ada/x", text.format(["ada/x", "bob/y"]), "")
+
+
 @pytest.mark.parametrize("state", ["QUEUED", "RUNNING", "COMPLETE", "ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED"])
 def test_both_forms_of_a_state_are_read(state):
     for form in (f"KernelWorkerStatus.{state}", state.lower()):

@@ -23,6 +23,13 @@ def a_run(folder, step, each, *, steps=1000, name="distil", **state):
     return folder
 
 
+def test_a_run_in_its_first_phase_has_no_plan_yet(tmp_path):
+    (tmp_path / "kd_runs" / "distil" / "cache").mkdir(parents=True)
+    (tmp_path / "kd_runs" / "distil" / "cache" / "CACHE.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"still in its first phase.*push it again"):
+        plan(tmp_path)
+
+
 def test_sessions_hours_and_weeks(tmp_path):
     """900 steps of 400 s are 100 h: of sessions with 10 h for training, 10; with an hour each for the rest, 110 h."""
     found = plan(a_run(tmp_path / "distil", 100, 400.0), hours=11, quota=30, lead=3600)

@@ -253,6 +253,11 @@ def test_an_export_is_a_plain_transformers_folder(tmp_path):
     assert not list(folder.glob("*.bin")), "a pickle"
 
 
+def test_a_card_that_is_not_there_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match=r"expected device= as 'cpu' or one of \d+ cards, got 'cuda:99'; leave it out"):
+        build_teacher("nowhere/at-all", device="cuda:99")
+
+
 def test_an_export_without_tokenizers_has_only_the_model(tmp_path):
     folder = export(tiny_student(), tmp_path / "deep" / "export")
     assert not (folder / "tokenizer.json").exists()

@@ -53,6 +53,36 @@ def test_the_whole_name_is_preferred_to_its_last_part(inputs):
     assert find_sources(teacher="you/mine", student=offline.STUDENT, text="embedded").teacher == str(wanted)
 
 
+def test_another_version_of_an_attached_model_is_not_taken_for_it(inputs):
+    model_at(inputs / "models" / "qwen-lm" / "qwen-3" / "transformers" / "0.6b" / "1")
+    with pytest.raises(ValueError, match="which is not here"):
+        find_sources(teacher="qwen-lm/qwen-3/transformers/1.7b/1", student=offline.STUDENT, text="embedded")
+
+
+def test_what_is_said_about_a_text_is_not_read_as_the_text(inputs, tmp_path):
+    (tmp_path / "README.md").write_text("# about it")
+    (tmp_path / "LICENSE.txt").write_text("some terms")
+    (tmp_path / "train.jsonl").write_text('{"text": "a row"}')
+    assert texts_of(tmp_path) == ["a row"]
+    (tmp_path / "train.jsonl").unlink()
+    assert len(texts_of(tmp_path)) == 2, "where there is nothing else, it is what was meant"
+
+
+def test_a_connection_that_breaks_while_rows_are_read_is_a_text_that_cannot_be_had(inputs, monkeypatch):
+    import datasets
+
+    class Rows:
+        def take(self, count):
+            yield {"text": "one"}
+            raise ConnectionError("peer closed")
+
+    monkeypatch.setattr(sources, "_ask_hub", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
+    with pytest.raises(ValueError, match=r"text: expected 20,000 rows of 'me/text', got 1 and then ConnectionError"):
+        find_sources(**PAIR, text="me/text")
+    assert find_sources(**PAIR, text="me/text", offline_fallback=True).embedded
+
+
 def test_all_that_is_missing_is_said_at_once_with_what_to_do(inputs):
     with pytest.raises(ValueError, match="3 of them not to be had") as caught:
         find_sources(teacher="me/teacher", student="me/student", text="me/text")

@@ -74,6 +74,14 @@ def test_what_is_no_part_of_the_run_is_named_in_kaggles_output(working):
     assert trainer.summary(expected=[working / "student"]).problems == ()
 
 
+def test_a_run_that_kaggle_does_not_keep_is_named(working, tmp_path):
+    trainer = make_trainer(tmp_path / "temp" / "mine", steps=2)
+    trainer.fit()
+    (working / "student").mkdir()
+    [problem] = trainer.summary(expected=[working / "student"]).problems
+    assert "which Kaggle does not keep" in problem
+
+
 def test_too_many_files_are_named(working):
     trainer = make_trainer(working / "kd_runs" / "mine", steps=2)
     for number in range(501):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -87,10 +88,14 @@ def build_cache(
 def cache_report(folder: str | os.PathLike) -> Cache:
     """What a cache holds, how large it is per token, and how far its targets are from the live teacher's; prints well.
 
+    Args:
+        folder: of the cache, or of the run that it lies in.
+
     Raises:
         ValueError: no cache there.
     """
-    return Cache.open(folder)
+    inside = Path(folder) / "cache"
+    return Cache.open(inside if (inside / MANIFEST).is_file() else folder)
 
 
 # --- before -----------------------------------------------------------------------------------------------------------
@@ -176,11 +181,14 @@ def _refuse_other(cache: Cache, wanted: dict[str, Any]) -> None:
         raise ValueError(
             f"build_cache: expected a cache of this run's content in {str(cache.folder)!r}, got another one ({shows}); "
             "give another folder=, or delete that one"
+            + (f", or pass precision={held['precision']!r}" if other == ["precision"] else "")
         )
 
 
 def _short(value: Any) -> str:
     text = str(value)
+    if re.fullmatch("[0-9a-f]{64}", text):  # a fingerprint
+        return text[:12]
     return text if len(text) <= 70 else f"{text[:66]} ..."
 
 

@@ -163,6 +163,12 @@ def _failure(output: str, errors: str) -> KaggleError:
             f"Kaggle's client does not start, its module {missing[1]} is missing; install it: python -m pip install "
             f"--upgrade kaggle {missing[1].split('.')[0]}"
         )
+    if denied := re.search(r"[Cc]annot access kernel '([^']+)'", text):
+        return KaggleError(
+            f"Kaggle shows you no kernel {denied[1]} (403): it was never pushed, its owner is not the account of your "
+            "token, or the token is not accepted; `kaggle config view` says who you are",
+            403,
+        )
     status = next((code for code, sign in _SIGNS.items() if re.search(sign, text.lower())), None)
     if named := re.search(r"\b([45]\d\d) (?:Client|Server) Error", text):
         status = int(named[1])

@@ -67,14 +67,14 @@ def run(given: argparse.Namespace) -> int:
         sources = {"datasets": given.dataset, "kernels": given.of, "models": given.model}
         folder = build(given.kernel, given.owner, given.out, parameters(given.set), **sources)
         _say(*validate(folder))
-        print(
-            f"{folder}: built; push it: kaggle kernels push -p {folder}, or python -m kd_kit kaggle push {given.kernel}"
-        )
+        print(f"{folder}: built; push it: python -m kd_kit kaggle push {given.kernel}")
+        print(f"(or kaggle kernels push -p {folder}, which checks less and makes no data set)")
     elif given.do == "validate":
         _say(*validate(given.out / given.kernel))
         print(f"{given.out / given.kernel}: Kaggle would take it")
     elif given.do == "push":
         print(push(given.kernel, given.owner, given.out, again=given.again, limit=given.limit))
+        print(f"how it stands: python -m kd_kit kaggle status {given.kernel}")
     elif given.do == "status":
         found = status(given.kernel, given.owner, given.out)
         print(found)
@@ -82,6 +82,8 @@ def run(given: argparse.Namespace) -> int:
     elif given.do == "fetch":
         folder = fetch(given.kernel, given.owner, given.into, given.out)
         print(f"{folder}: {sum(path.is_file() for path in folder.rglob('*')):,} files")
+        if (folder / "summary.txt").is_file():
+            print((folder / "summary.txt").read_text(encoding="utf-8").rstrip())
     elif given.do == "resume":
         print(f"{resume(given.kernel, given.out)}: the next version finds the last one's output; push the kernel")
     else:

@@ -181,6 +181,13 @@ def _check_parameters(defaults: str, parameters: Mapping[str, Any], name: str) -
             default = ast.literal_eval(known[key])
         except (ValueError, TypeError):
             continue  # an expression: its kind is known when it runs
+        if key == "HOURS" and isinstance(value, int | float) and not 0 < value < 12:
+            raise ValueError(
+                f"build: expected HOURS above 0 and below 12, when Kaggle kills a session and its output is lost, got "
+                f"{value!r}; 11 leaves time to save"
+            )
+        if _positive(default) and not _positive(value) and not isinstance(value, bool | str | None):
+            raise ValueError(f"build: expected {key} above 0, got {value!r}; its default is {default!r}")
         kind = (
             "True or False" if isinstance(default, bool) else "a number" if isinstance(default, int | float) else None
         )
@@ -190,6 +197,10 @@ def _check_parameters(defaults: str, parameters: Mapping[str, Any], name: str) -
             raise ValueError(
                 f"build: expected {kind} for {key} of {name}, whose default is {default!r}, got {value!r}; correct it"
             )
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _own(folder: Path, name: str, recipe: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +59,8 @@ def push(
         )
     if before is None:
         _attach_own(folder, attach=False)
+        if _goes_on(kernel, Path(root)):
+            remarks.append(f"Kaggle shows no earlier session of {name}: this one begins the run")
     elif _goes_on(kernel, Path(root)):
         resume(kernel, out)
     pushed = read_push(name, *ask_client("kernels", "push", "-p", str(folder), limit=limit))
@@ -87,23 +91,35 @@ def fetch(
     *,
     limit: float = 4 * 3600,
 ) -> Path:
-    """The output of the kernel's last session that ended, in a folder; what is there already is not loaded twice.
+    """The output of the kernel's last session that ended, in a folder, in place of what was fetched before.
 
     Args:
-        into: ``build/kaggle-output/SLUG`` by default.
+        into: an empty or new folder; ``build/kaggle-output/SLUG`` by default.
 
     Raises:
-        ValueError: the kernel is neither built nor is its owner given.
+        ValueError: the kernel is neither built nor is its owner given, or ``into`` holds something.
         KaggleError: Kaggle or its client refused, or there is no output.
     """
     name = _address(kernel, owner, out)
     folder = FETCHED / name.split("/")[1] if into is None else Path(into)
-    ask_client("kernels", "output", name, "-p", str(folder), limit=limit)
-    if not any(path.is_file() for path in folder.rglob("*")):
-        raise KaggleError(
-            f"fetch: {name} has no output yet; it is kept when a session ends normally: "
-            f"python -m kd_kit kaggle status {kernel}"
-        )
+    if into is not None and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"fetch: expected an empty folder, got {str(folder)!r} with files in it; name another one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # never into an older output: the client compares times across time zones, and leaves what is there no more
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        ask_client("kernels", "output", name, "-p", str(fresh), limit=limit)
+        if not any(path.is_file() for path in fresh.rglob("*")):
+            older = f"; what lies in {folder} is of an earlier session" if folder.is_dir() else ""
+            raise KaggleError(
+                f"fetch: {name} has no output yet{older}; it is kept when a session ends normally: "
+                f"python -m kd_kit kaggle status {kernel}"
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.chmod(0o755)
+        fresh.replace(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 

@@ -256,7 +256,7 @@ def _read_hub(name: str, config: str | None, split: str, column: str, documents:
         rows = load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # a split or configuration that is not there, a script, a lost connection
         raise ValueError(
-            f"expected split {split!r} of {name!r} on the hub, got {type(error).__name__}: "
+            f"expected configuration {config!r}, split {split!r} of {name!r} on the hub, got {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
     return _column(rows, column, documents, name)

@@ -221,7 +221,7 @@ def test_a_cache_of_something_else_is_refused_with_what_differs(tmp_path):
     for what, trainer in others.items():
         with pytest.raises(ValueError, match=rf"got another one \(.*{what}: .* there, .* here"):
             build_cache(trainer, tmp_path / "cache")
-    with pytest.raises(ValueError, match="precision: half there, full here"):
+    with pytest.raises(ValueError, match=r"precision: half there, full here\); .*, or pass precision='half'"):
         build_cache(trainer_at(tmp_path / "full", "bridge"), tmp_path / "cache", precision="full")
 
 
@@ -353,6 +353,7 @@ def test_the_report_says_size_and_truth(tmp_path):
     assert math.isclose(float(row.split()[-1].replace(",", "")), measured, abs_tol=0.51)
     # K ids of 2 bytes and K + 1 numbers of 2, at almost every position
     assert cache.manifest["bytes_per_token"]["bridge taught top 16"] == pytest.approx(66, rel=0.1)
+    assert repr(cache_report(tmp_path)) == said, "of the run's folder"
     with pytest.raises(ValueError, match=r"expected a cache with CACHE\.json"):
         cache_report(tmp_path / "nowhere")
 

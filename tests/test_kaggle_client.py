@@ -163,7 +163,7 @@ def test_the_status_of_a_session(server, state):
 
 
 def test_the_status_of_what_is_not_there(server):
-    with pytest.raises(KaggleError, match=r"Kaggle refused \(403\): Cannot access kernel 'ada/none-there'") as refused:
+    with pytest.raises(KaggleError, match=r"Kaggle shows you no kernel ada/none-there \(403\): it was") as refused:
         ask_client("kernels", "status", "ada/none-there", limit=60)
     assert refused.value.status == 403
 

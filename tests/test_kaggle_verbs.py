@@ -34,7 +34,7 @@ def test_build_validate_resume(build_quickly, capsys):
     arguments += ["--dataset", "bob/texts", "--kernel", "ada/other-run", "--model", "a/b/transformers/c/1"]
     assert main(["kaggle", "build", "distill-p100", *arguments]) == 0
     folder = Path("build/kaggle/distill-p100")
-    assert f"kaggle kernels push -p {folder}, or python -m kd_kit kaggle push distill-p100" in capsys.readouterr().out
+    assert f"kaggle kernels push -p {folder}" in capsys.readouterr().out
     metadata = json.loads((folder / METADATA).read_text())
     assert metadata["dataset_sources"] == ["bob/texts"] and metadata["kernel_sources"] == OWN
     assert metadata["model_sources"] == ["a/b/transformers/c/1"]
@@ -93,7 +93,10 @@ def test_push_status_and_fetch_pass_on_what_was_asked(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(kaggle_verbs, "push", answering(Pushed("ada/x", 3, "https://k/x", ("a remark",))))
     assert main(["kaggle", "push", "distill-p100", "--owner", "ada", "--again", "--limit", "9"]) == 0
     assert asked.pop() == ("distill-p100", "ada", out, {"again": True, "limit": 9.0})
-    assert capsys.readouterr().out == "a remark\nada/x: pushed as version 3, https://k/x\n"
+    assert capsys.readouterr().out == (
+        "a remark\nada/x: pushed as version 3, https://k/x\n"
+        "how it stands: python -m kd_kit kaggle status distill-p100\n"
+    )
 
     for state, code in (("RUNNING", 0), ("COMPLETE", 0), ("ERROR", 1)):
         monkeypatch.setattr(kaggle_verbs, "status", answering(KernelStatus("ada/x", state)))

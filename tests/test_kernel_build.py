@@ -170,6 +170,12 @@ def test_parameters_and_sources_of_the_call(clone, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("name", "value"), [("HOURS", 30), ("HOURS", 0), ("STEPS", -5), ("WINDOW", 0)])
+def test_numbers_that_can_only_fail_later_are_refused(clone, tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"build: expected {name} above 0.* got {value}"):
+        build("distill-p100", "ada", tmp_path, parameters={name: value}, root=clone)
+
+
 def test_a_source_that_the_metadata_names_for_the_owner_may_be_given_again(clone, tmp_path):
     folder = build("quickstart-cpu", "ada", tmp_path, datasets=[f"ada/{PAIR_SLUG}"], root=clone)
     assert json.loads((folder / METADATA).read_text())["dataset_sources"] == [f"ada/{PAIR_SLUG}"]

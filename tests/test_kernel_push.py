@@ -169,6 +169,21 @@ def test_resume_adds_its_own_output_once(server, tmp_path):
         resume("none", tmp_path)
 
 
+def test_a_fetched_output_takes_the_place_of_an_older_one(server):
+    name = f"{USER}/distill-p100"
+    server.status[name] = "COMPLETE"
+    server.outputs[name] = {"old.txt": b"of the first session", "summary.txt": b"half way"}
+    folder = fetch(name)
+    server.outputs[name] = {"summary.txt": b"finished"}  # newer, and not larger
+    assert fetch(name) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"summary.txt": b"finished"}
+    server.outputs[name] = {}
+    with pytest.raises(KaggleError, match=r"has no output yet; what lies in .* is of an earlier session"):
+        fetch(name)
+    assert [path.name for path in folder.parent.iterdir()] == ["distill-p100"], "nothing half fetched is left"
+    assert (folder / "summary.txt").read_bytes() == b"finished"
+
+
 def test_a_distillation_has_its_own_output_as_a_source_but_not_in_its_first_push(server):
     name = f"{USER}/distill-p100"
     folder = build("distill-p100", USER)
@@ -192,7 +207,9 @@ def test_status_and_output(server, tmp_path):
     server.logs[name] = "[]"
     folder = fetch("distill-p100", USER)
     assert folder == Path("build/kaggle-output/distill-p100")
+    with pytest.raises(ValueError, match="expected an empty folder"):
+        fetch(name, into=folder)
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert found == server.outputs[name] | {"distill-p100.log": b"[]"}
-    with pytest.raises(KaggleError, match=r"Kaggle refused \(403\)"):
+    with pytest.raises(KaggleError, match=r"Kaggle shows you no kernel ada/none-there \(403\)"):
         fetch("none-there", USER, into=tmp_path / "none")

@@ -161,6 +161,7 @@ def pretended(monkeypatch):
 
     def pretend(capability, arch_list=("sm_70", "sm_75", "sm_80", "sm_90")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla P100-PCIE-16GB")
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(arch_list))

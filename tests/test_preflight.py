@@ -529,7 +529,14 @@ def test_a_session_that_is_too_short(tmp_path, planned, healthy):
 
 
 def test_a_session_that_is_over(tmp_path, planned, healthy):
-    assert with_pace(planned, healthy, timed(tmp_path, 50.0), 1.0).verdict == FAIL
+    trainer = timed(tmp_path, 3600.0)
+    trainer.session._started -= 3550
+    assert with_pace(planned, healthy, trainer, 1.0).verdict == FAIL
+
+
+def test_a_short_session_keeps_less_for_its_end(tmp_path, planned, healthy):
+    """So that a minute can be tried."""
+    assert with_pace(planned, healthy, timed(tmp_path, 50.0), 1.0).verdict == LOOK
 
 
 def test_a_session_that_suffices(tmp_path, planned, healthy):

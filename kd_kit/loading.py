@@ -243,7 +243,8 @@ class _Workers:
                     name=f"kd_kit worker {number}",
                     daemon=True,
                 )
-                process.start()
+                with _interrupts_wait():
+                    process.start()
                 theirs.close()
                 self._processes.append(process)
                 self._pipes.append(ours)
@@ -322,6 +323,19 @@ class _Workers:
                 thing.close()
 
 
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """An Interrupt waits until the block is over. A process that begins in it has none until it says so itself."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _stack_file():
     """A file without a name for a worker's stacks; None where there is no room for it."""
     if not hasattr(faulthandler, "register"):
@@ -336,6 +350,8 @@ def _work(data: Batched, seed: int, pipe, others: list, stacks, parent: int) -> 
     """A worker's life: positions in, batches out, until its pipe closes or its parent is gone."""
     signal.set_wakeup_fd(-1)  # the parent's handlers and its event loop are not the worker's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an Interrupt is meant for the parent, which ends the workers
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # it waited since before this process began
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stacks is not None:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)

@@ -216,6 +216,18 @@ def test_an_interrupt_comes_through_while_a_batch_hangs(tmp_path, workers, send)
     assert not (tmp_path / "late").exists(), "it came only when the batch was there"
 
 
+def test_an_interrupt_that_comes_while_a_worker_begins_does_not_end_it(monkeypatch):
+    first = signal.set_wakeup_fd  # what a worker calls first of all
+
+    def struck(number):
+        os.kill(os.getpid(), signal.SIGINT)
+        return first(number)
+
+    monkeypatch.setattr(signal, "set_wakeup_fd", struck)
+    batches = small_data().batches(0, range(8), workers=2, on_trouble=lambda *a: pytest.fail(str(a)))
+    assert_same(list(batches), plain(range(8)))
+
+
 def test_a_worker_is_not_ended_by_an_interrupt_meant_for_its_parent():
     batches = small_data().batches(0, range(8), workers=2, on_trouble=lambda *a: pytest.fail(str(a)))
     found = [next(batches)]

@@ -170,10 +170,14 @@ class Trainer(Keeping, Steering, Recovery):
                 f"build_trainer: expected an untouched student for the new run in {str(folder)!r}, got one that "
                 "another run has trained; build_student again"
             )
-        self.run_id = found or uuid.uuid4().hex[:12]
         self._config = config
+        self.run_id = found or uuid.uuid4().hex[:12]
         if found is None:
-            self._write_run()
+            with self._locked():  # of two processes that begin this run at once, one does
+                found = check_run(folder, config)
+                self.run_id = found or self.run_id
+                if found is None:
+                    self._write_run()
         elif not (folder / START).exists() and start_fingerprint(student) == config["start"]:
             save_weights(student, folder / START)  # the run was found as a bare checkpoint
         self._owner = object()

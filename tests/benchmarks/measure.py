@@ -149,9 +149,8 @@ def save(name: str, rows: Iterable[Mapping[str, object]], targets: Iterable[Targ
     path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     print(as_table(rows))
     for target in targets:
-        print(
-            f"{target.what}: {target.measured:.3g}, wanted {target.way} {target.limit:g}{'' if target.met else ' - MISSED'}"
-        )
+        met = "" if target.met else " - missed"
+        print(f"{target.what}: {target.measured:.3g}, wanted {target.way} {target.limit:g}{met}")
     return path
 
 

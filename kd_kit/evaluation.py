@@ -95,6 +95,7 @@ def score(model, windows: WindowSet, *, side: str = "student", batch_size: int =
                 head_of(model),
                 {"nll": nll_rows},
                 targets=targets[rows].to(device),
+                whole=False,
             )["nll"]
             nats += values.double().sum().cpu()
             tokens += len(rows)

@@ -1,7 +1,9 @@
 """The student's head, in chunks: final hidden states in, per-position losses out, never all logits in memory.
 
-Every loss that looks at the student's distribution is served by the same pass over a chunk of rows. A chunk is
-recomputed in the backward pass with the gradient that arrives there, so fp16 loss scaling meets float32 inside.
+Every loss that looks at the student's distribution is served by the same pass over the head. Losses that ask for a few
+log-probabilities a row get them from one softmax (:mod:`kd_kit.one_softmax`); those that look at whole rows of logits
+run inside the chunk. Either way a chunk is recomputed in the backward pass with the gradient that arrives there, so
+fp16 loss scaling meets float32 inside.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kd_kit.losses import student_cells
+from kd_kit.losses import cross_entropy, student_cells
+from kd_kit.losses.support import OUT
+from kd_kit.one_softmax import Read, log_probs
 from kd_kit.reduce import chunks
 from kd_kit.types import OnDevice
 
 CHUNK_BYTES = 64 * 2**20
-"""Memory for one chunk of float32 logits; a backward pass holds about four times that."""
+"""Memory for one chunk of float32 logits. One softmax needs no more, whole rows of logits about four times that."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,8 @@ class Given(OnDevice):
         there: [n] bool, rows that it says something about. The others hold anything, and no loss may look at it.
         ids: [n, K] int64 or None. cells: [n, K + 1] float32 log-probabilities, tail last, -inf unused; or None.
         states: [n, E] float32 hidden states; or None.
-        plain: the cells are different tokens of the whole vocabulary, so that the student's log-probabilities on them
-            come out of one pass with its log-sum-exp.
+        plain: the cells of a row are different tokens, so that what is outside them is one more cell.
+        among: [V] bool, tokens over which both sides are normalised; None for all.
     """
 
     there: Tensor
@@ -123,18 +127,74 @@ class Given(OnDevice):
     cells: Tensor | None = None
     states: Tensor | None = None
     plain: bool = True
+    among: Tensor | None = None
 
     def __getitem__(self, rows) -> Given:
         some = (None if t is None else t[rows] for t in (self.there, self.ids, self.cells, self.states))
-        return Given(*some, plain=self.plain)
+        return Given(*some, plain=self.plain, among=self.among)
+
+    @property
+    def read(self) -> Read | None:
+        """What of the student's distribution goes with it; None where that is not a few tokens."""
+        if self.ids is None or self.cells is None:
+            return None
+        return Read(self.ids, self.cells[:, :-1] != -torch.inf if self.plain else None, self.plain, self.among)
 
 
-class LogitRows:
-    """One chunk of rows, as a loss sees it. What several losses look at is computed once.
+class Rows:
+    """Rows of text as a loss sees them. What several losses look at is computed once.
 
     Attributes:
-        logits: [n, V] float32. targets: [n] int64. head: the student's, for losses that put something else through it.
-        given: {key of a reading: :class:`Given`}.
+        targets: [n] int64. given: {key of a reading: :class:`Given`}.
+    """
+
+    targets: Tensor
+    given: Mapping[str, Given]
+
+    @property
+    def nll(self) -> Tensor:
+        """[n] float32, negative log-likelihood of the targets, in nats."""
+        raise NotImplementedError
+
+    def student(self, key: str) -> Tensor:
+        """[n, K + 1] float32, the student's log-probabilities on the cells of a reading, tail last."""
+        raise NotImplementedError
+
+    def drawn(self, key: str) -> Tensor:
+        """[n, K] float32, the student's log-probabilities of tokens that may come twice, without a tail."""
+        raise NotImplementedError
+
+    def teacher(self, key: str) -> Tensor:
+        """[n, K + 1] float32, the teacher's on the same cells; the student's own where it says nothing.
+
+        A row without a teacher then costs nothing, and nothing can go wrong with what stands in its place.
+        """
+        given = self.given[key]
+        return torch.where(given.there.unsqueeze(-1), given.cells, self.student(key).detach())
+
+
+class FewRows(Rows):
+    """All rows of a batch, with a few log-probabilities of each, see :func:`kd_kit.one_softmax.log_probs`."""
+
+    def __init__(self, target: Tensor, read: Mapping[str, Tensor], targets: Tensor, given: Mapping[str, Given]):
+        self.targets, self.given = targets, given
+        self._target, self._read = target, read
+
+    @property
+    def nll(self) -> Tensor:
+        return -self._target
+
+    def student(self, key: str) -> Tensor:
+        return self._read[key]
+
+    drawn = student
+
+
+class LogitRows(Rows):
+    """One chunk of rows with all their logits.
+
+    Attributes:
+        logits: [n, V] float32. head: the student's, for losses that put something else through it.
     """
 
     def __init__(self, logits: Tensor, targets: Tensor, given: Mapping[str, Given], head: Head):
@@ -149,32 +209,37 @@ class LogitRows:
     def log_z(self) -> Tensor:
         """[n] float32, logsumexp of the logits; for free where a loss has asked for cells, or will."""
         if self._log_z is None:
-            keys = [key for key, g in self.given.items() if g.cells is not None and g.plain]
+            given = self.given.items()
+            keys = [key for key, g in given if g.cells is not None and g.plain and g.among is None]
             if keys:
                 self.student(keys[0])
             else:
                 self._log_z = self.logits.logsumexp(-1)
         return self._log_z
 
+    @property
+    def nll(self) -> Tensor:
+        return cross_entropy(self.logits, self.targets, self.log_z)
+
     def student(self, key: str) -> Tensor:
-        """[n, K + 1] float32, the student's log-probabilities on the cells of a reading, tail last."""
         if key not in self._cells:
             given = self.given[key]
-            self._cells[key], log_z = student_cells(self.logits, given.ids, given.cells[:, :-1] != -torch.inf)
-            self._log_z = log_z if self._log_z is None else self._log_z
+            logits = self.logits if given.among is None else self.logits.masked_fill(~given.among, OUT)
+            self._cells[key], log_z = student_cells(logits, given.ids, given.cells[:, :-1] != -torch.inf)
+            if given.among is None and self._log_z is None:
+                self._log_z = log_z
         return self._cells[key]
 
-    def teacher(self, key: str) -> Tensor:
-        """[n, K + 1] float32, the teacher's on the same cells; the student's own where it says nothing.
-
-        A row without a teacher then costs nothing, and nothing can go wrong with what stands in its place.
-        """
-        given = self.given[key]
-        return torch.where(given.there.unsqueeze(-1), given.cells, self.student(key).detach())
+    def drawn(self, key: str) -> Tensor:
+        return self.logits.gather(-1, self.given[key].ids) - self.log_z.unsqueeze(-1)
 
 
-RowLoss = Callable[[LogitRows], Tensor]
-"""A loss of one value per row, [n] float32. May be an ``nn.Module``."""
+RowLoss = Callable[[Rows], Tensor]
+"""A loss of one value per row, [n] float32. May be an ``nn.Module``. One that looks at whole rows of logits is given
+:class:`LogitRows`."""
+
+_FEW = 256
+"""Cells of a row that are few, also where the vocabulary is small; see :func:`_are_few`."""
 
 
 def head_losses(
@@ -185,8 +250,12 @@ def head_losses(
     targets: Tensor,
     given: Mapping[str, Given] | None = None,
     chunk: int | None = None,
+    whole: bool = True,
 ) -> dict[str, Tensor]:
     """Every row loss over every row, one pass over the head.
+
+    Args:
+        whole: a loss looks at whole rows of logits. Without that the pass is faster and keeps less.
 
     Shapes:
         hidden: [N, D] final hidden states (after the last norm) of the rows
@@ -194,14 +263,41 @@ def head_losses(
         given: {key: :class:`Given` of N rows}
         returns: {name: [N] float32}, with gradient to ``hidden`` and the head
     """
-    names, given = list(losses), given or {}
+    given, size = given or {}, head.chunk_rows() if chunk is None else chunk
+    if size < 1:
+        raise ValueError(f"head_losses: expected a chunk of at least 1 row, got {size}")
+    reads = {key: g.read for key, g in given.items()}
+    if not len(hidden):
+        return {name: hidden.new_zeros(0, dtype=torch.float32) for name in losses}
+    if whole or not all(_are_few(read, len(head.weight)) for read in reads.values()):
+        return _whole_rows(hidden, head, losses, targets, given, size)
+    target, found = log_probs(
+        hidden,
+        head.weight,
+        head.bias,
+        targets,
+        list(reads.values()),
+        chunk=size,
+        scale=head.scale,
+        softcap=head.softcap,
+    )
+    rows = FewRows(target, dict(zip(reads, found, strict=True)), targets, given)
+    return {name: loss(rows) for name, loss in losses.items()}
+
+
+def _are_few(read: Read | None, size: int) -> bool:
+    """Whether log-probabilities of all rows take far less memory than a chunk of logits."""
+    return read is not None and read.ids.shape[1] <= max(_FEW, size // 8)
+
+
+def _whole_rows(hidden, head, losses, targets, given, size) -> dict[str, Tensor]:
+    names = list(losses)
 
     def one_chunk(hidden, weight, bias, targets, given):
         part = Head(weight, bias, head.scale, head.softcap)
         rows = LogitRows(part.logits(hidden), targets, given, part)
         return torch.stack([losses[name](rows) for name in names])
 
-    size = chunk or head.chunk_rows()
     parts = []
     for rows in chunks(len(hidden), size):
         some = {key: g[rows] for key, g in given.items()}
@@ -210,6 +306,4 @@ def head_losses(
             parts.append(checkpoint(one_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(one_chunk(*arguments))
-    if not parts:
-        return {name: hidden.new_zeros(0, dtype=torch.float32) for name in names}
     return dict(zip(names, torch.cat(parts, dim=1), strict=True))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kd_kit.head import Head, LogitRows, head_of
+from kd_kit.head import Head, LogitRows, Rows, head_of
 from kd_kit.losses import (
     cross_entropy,
     forward_kl,
@@ -22,7 +22,6 @@ from kd_kit.losses import (
     skew_kl,
     sorted_distance_cells,
     span_divergence,
-    student_cells,
     tempered,
 )
 from kd_kit.ranges import RANGES
@@ -126,12 +125,12 @@ def kd_term(
             rows = _sorted_rows(reading.key)
         elif method == "strict":
             reading = StrictReading(setup.pair, top_k)
-            rows = _strict_rows(reading, compare)
+            rows = _cell_rows(reading.key, compare)
         else:
             over = "taught" if inside and method != "direct" else "aligned"
             reading = BridgeReading(method, _table(method, setup), top_k, sampled=sampled, over=over)
             rows = _sampled_rows(reading.key) if sampled else _cell_rows(reading.key, compare)
-        return {"rows": rows, "over": reading.over, "needs": Needs((reading,))}
+        return {"rows": rows, "whole": method == "uld", "over": reading.over, "needs": Needs((reading,))}
 
     return LossTerm(
         name=name,
@@ -165,38 +164,19 @@ def _table(method: str, setup: Setup):
     return same_bridge(pair) if method == "same" else direct_bridge(pair.teacher_vocab.size, pair.student_vocab.size)
 
 
-def _cell_rows(key: str, compare: Divergence) -> Callable[[LogitRows], Tensor]:
-    def kd_rows(rows: LogitRows) -> Tensor:
+def _cell_rows(key: str, compare: Divergence) -> Callable[[Rows], Tensor]:
+    def kd_rows(rows: Rows) -> Tensor:
         return compare(rows.student(key), rows.teacher(key))
 
     return kd_rows
 
 
-def _sampled_rows(key: str) -> Callable[[LogitRows], Tensor]:
-    def sampled_rows(rows: LogitRows) -> Tensor:
-        given = rows.given[key]
-        student = rows.logits.gather(-1, given.ids) - rows.log_z.unsqueeze(-1)
+def _sampled_rows(key: str) -> Callable[[Rows], Tensor]:
+    def sampled_rows(rows: Rows) -> Tensor:
+        given, student = rows.given[key], rows.drawn(key)
         return sampled_kl(student, torch.where(given.there.unsqueeze(-1), given.cells[:, :-1], student.detach()))
 
     return sampled_rows
-
-
-def _strict_rows(reading: StrictReading, compare: Divergence) -> Callable[[LogitRows], Tensor]:
-    outside = {}  # by width and device: logits of tokens that the teacher has not
-
-    def strict_rows(rows: LogitRows) -> Tensor:
-        where = rows.logits.shape[-1], rows.logits.device
-        if where not in outside:
-            mask = torch.ones(where[0], dtype=torch.bool)  # rows behind the tokenizer's last entry too
-            mask[: len(reading.shared)] = ~reading.shared
-            outside[where] = mask.to(where[1])
-        given = rows.given[reading.key]
-        used = given.cells[:, :-1] != -torch.inf
-        student, _ = student_cells(rows.logits.masked_fill(outside[where], -1e30), given.ids, used)
-        teacher = torch.where(given.there.unsqueeze(-1), given.cells, student.detach())
-        return compare(student, teacher)
-
-    return strict_rows
 
 
 def _sorted_rows(key: str) -> Callable[[LogitRows], Tensor]:
@@ -300,6 +280,7 @@ def span_term(weight: float = 0.05, *, spans: str = "several", temperature: floa
         weight=weight,
         **RANGES["span"],
         rows=nll_rows,
+        whole=False,
         gather=gather,
         over=lambda batch: int(chosen(batch).sum()),
         needs=Needs(span_log_probs=True),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kd_kit.gradients import gradient_products, meeting_layer
 from kd_kit.head import Given, body_of, head_losses, head_of
-from kd_kit.readings import BridgeReading, Needs
+from kd_kit.readings import Needs, Reading
 from kd_kit.reduce import masked_sum
 from kd_kit.taps import Taps
 from kd_kit.terms import LossTerm, StudentOutput
@@ -123,7 +123,8 @@ class DistillModule(nn.Module):
             output.head,
             {t.name: t.rows for t in terms},
             targets=batch.targets.flatten()[rows],
-            given={} if signal is None else self._given(signal, batch),
+            given={} if signal is None else self._given(signal, batch, len(output.head.weight)),
+            whole=any(t.whole for t in terms),
         )
         out = {}
         for term in terms:
@@ -134,8 +135,12 @@ class DistillModule(nn.Module):
                 out[term.name] = masked_sum(values[term.name], mask)
         return out
 
-    def _given(self, signal: TeacherSignal, batch: DistillBatch) -> dict[str, Given]:
-        """What the teacher says, spread over the rows that have a target."""
+    def _given(self, signal: TeacherSignal, batch: DistillBatch, size: int) -> dict[str, Given]:
+        """What the teacher says, spread over the rows that have a target.
+
+        Args:
+            size: rows of the student's head.
+        """
         out = {}
         for reading in self.needs.readings:
             if reading.key not in signal.cells:
@@ -143,8 +148,7 @@ class DistillModule(nn.Module):
                     f"DistillModule: expected a signal with the reading {reading.key!r}, got one with "
                     f"{', '.join(map(repr, signal.cells)) or 'none'}; ask the teacher for what the terms need"
                 )
-            plain = isinstance(reading, BridgeReading) and not reading.sampled
-            out[reading.key] = _spread(signal.cells[reading.key], reading.over, batch, plain)
+            out[reading.key] = _spread(signal.cells[reading.key], reading, batch, size)
         if self.needs.row_states:
             there, place = _places("aligned", len(signal.row_states), batch)
             states = signal.row_states
@@ -215,13 +219,19 @@ def _places(over: str, known: int, batch: DistillBatch) -> tuple[Tensor, Tensor]
     return there, (torch.cumsum(there, 0) - 1).clamp(min=0, max=max(known - 1, 0))
 
 
-def _spread(cells: Cells, over: str, batch: DistillBatch, plain: bool) -> Given:
+def _spread(cells: Cells, reading: Reading, batch: DistillBatch, size: int) -> Given:
     """Cells of the rows of a reading, spread over all rows with a target."""
-    there, place = _places(over, len(cells.tail), batch)
+    there, place = _places(reading.over, len(cells.tail), batch)
     known = torch.cat([cells.log_probs, cells.tail.unsqueeze(-1)], dim=-1)
     ids = cells.ids
     if not len(known):  # no row at all: one made up, which no loss may look at
         known = known.new_full((1, known.shape[1]), -torch.inf)
         known[:, -1] = 0.0
         ids = None if ids is None else torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    return Given(there, None if ids is None else ids[place], known[place], plain=plain)
+    return Given(
+        there,
+        None if ids is None else ids[place],
+        known[place],
+        plain=reading.plain,
+        among=reading.among(size, known.device),
+    )

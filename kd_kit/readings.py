@@ -55,6 +55,7 @@ class BridgeReading:
         self.bridge = bridge
         self.over = over
         self.sampled = sampled
+        self.plain = not sampled
         self.top_k = cells_within(top_k, bridge.student_size, "the student's vocabulary")
         self.key = f"{name} {over} {'sampled' if sampled else 'top'} {self.top_k}"
 
@@ -69,22 +70,26 @@ class BridgeReading:
             return Cells(*sampled_cells(carried, self.top_k, where.place))
         return Cells(*top_k_cells(carried, self.top_k))
 
+    def among(self, size: int, device: torch.device) -> None:
+        """All tokens."""
+
 
 class StrictReading:
     """Only positions where both sides' next tokens are the same bytes, and only tokens that both vocabularies have.
 
-    Both sides are renormalised over those tokens: ``shared`` says which logits of the student take part.
+    Both sides are renormalised over those tokens.
 
     Source: the exact-match baseline of https://arxiv.org/abs/2610.08448
     """
 
-    over = "same"
+    over, plain = "same", True
 
     def __init__(self, pair: TokenizerPair, top_k: int | None):
         size, table = pair.student_vocab.size, torch.from_numpy(pair.identical)
-        self.shared = torch.zeros(size, dtype=torch.bool)
-        self.shared[table[table >= 0]] = True
-        count = int(self.shared.sum())
+        self._shared = torch.zeros(size, dtype=torch.bool)
+        self._shared[table[table >= 0]] = True
+        self._among: dict[tuple[int, torch.device], Tensor] = {}
+        count = int(self._shared.sum())
         self._bridge = Bridge(torch.where(table < 0, size, table), size, count)
         self.top_k = cells_within(top_k, count, "the tokens that both vocabularies have")
         self.key = f"strict top {self.top_k}"
@@ -96,6 +101,14 @@ class StrictReading:
         none = kept.new_zeros(len(kept), 1)
         return Cells(*top_k_cells(torch.cat([kept, none], dim=-1), self.top_k))
 
+    def among(self, size: int, device: torch.device) -> Tensor:
+        """[size] bool, the tokens of a student's head with ``size`` rows over which it is normalised, too."""
+        if (size, device) not in self._among:
+            mask = torch.zeros(size, dtype=torch.bool)  # rows behind the tokenizer's last entry are none of them
+            mask[: len(self._shared)] = self._shared
+            self._among[size, device] = mask.to(device)
+        return self._among[size, device]
+
 
 class SortedReading:
     """The K largest probabilities of the teacher, whatever tokens they belong to.
@@ -103,7 +116,7 @@ class SortedReading:
     Source: Boizard et al. 2024, "Towards cross-tokenizer distillation", https://arxiv.org/abs/2402.12030
     """
 
-    over = "aligned"
+    over, plain = "aligned", False
 
     def __init__(self, teacher_size: int, top_k: int | None):
         self.top_k = cells_within(top_k, teacher_size, "the teacher's vocabulary")
@@ -113,6 +126,9 @@ class SortedReading:
         """As :meth:`BridgeReading.read`; cells are ranks, so they have no ids."""
         log_probs, tail = sorted_cells(probs, self.top_k)
         return Cells(None, log_probs, tail)
+
+    def among(self, size: int, device: torch.device) -> None:
+        """All tokens."""
 
 
 Reading = BridgeReading | StrictReading | SortedReading

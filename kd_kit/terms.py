@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from kd_kit.head import Head, LogitRows, RowLoss
-from kd_kit.losses import cross_entropy
+from kd_kit.head import Head, RowLoss, Rows
 from kd_kit.pair import TokenizerPair
 from kd_kit.ranges import RANGES
 from kd_kit.readings import Needs
@@ -76,6 +75,8 @@ class LossTerm:
         rows: a loss of one value per predicted token, served by the shared pass over the student's head. Either this
         value: or a function of the whole batch. If one of the two is an ``nn.Module``, its parameters are trained with
             the student and left out of the export.
+        whole: with ``rows``, whether it looks at whole rows of logits (:class:`kd_kit.head.LogitRows`). Without that it
+            has what :class:`kd_kit.head.Rows` has, and the pass over the head is faster.
         gather: with ``rows``, what makes the term's sum of the rows' values, [N]; the sum over ``over`` if left out.
         over: the positions that the sum runs over: "targets", "taught", "aligned", "same" or "spans", or a function of
             the batch to their number. They are counted from the batch alone, so that the count of a whole optimizer
@@ -97,6 +98,7 @@ class LossTerm:
     source: str = ""
     rows: RowLoss | None = None
     value: ValueLoss | nn.Module | None = None
+    whole: bool = True
     gather: Gather | None = None
     over: str | Callable[[DistillBatch], int] = "targets"
     needs: Needs = field(default_factory=Needs)
@@ -171,9 +173,9 @@ def name_of(function) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def nll_rows(rows: LogitRows) -> Tensor:
+def nll_rows(rows: Rows) -> Tensor:
     """Negative log-likelihood of each row's target, [n] nats."""
-    return cross_entropy(rows.logits, rows.targets, rows.log_z)
+    return rows.nll
 
 
 def lm_term(weight: float = 0.3) -> LossTerm:
@@ -186,4 +188,5 @@ def lm_term(weight: float = 0.3) -> LossTerm:
         weight=weight,
         **RANGES["lm"],
         rows=nll_rows,
+        whole=False,
     )

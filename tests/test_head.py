@@ -25,7 +25,13 @@ def row_losses():
         return lambda rows: divergence(rows.student(KEY), rows.teacher(KEY))
 
     losses = {name: over(divergence) for name, divergence in DIVERGENCES.items()}
-    return {"lm": lambda rows: cross_entropy(rows.logits, rows.targets, rows.log_z), **losses}
+    return {"lm": lambda rows: rows.nll, **losses}
+
+
+@pytest.fixture(params=[True, False], ids=["whole rows", "few log-probabilities"])
+def whole(request):
+    """Both passes over the head."""
+    return request.param
 
 
 def example(n=N, d=D, v=V, k=K, *, dtype=torch.float32, seed=0, bias=True):
@@ -71,9 +77,9 @@ def mixed(losses):
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 2.0), (4.0, 3.0)])
 @pytest.mark.parametrize("chunk", [1, 4, 22, 23, 100, None])
-def test_chunked_is_plain(chunk, scale, softcap):
+def test_chunked_is_plain(chunk, scale, softcap, whole):
     hidden, weight, bias, inputs = example()
-    ours = head_losses(hidden, Head(weight, bias, scale, softcap), row_losses(), chunk=chunk, **inputs)
+    ours = head_losses(hidden, Head(weight, bias, scale, softcap), row_losses(), chunk=chunk, whole=whole, **inputs)
     gradients = torch.autograd.grad(mixed(ours), (hidden, weight, bias))
     logits = (hidden @ weight.T + bias) * scale
     if softcap is not None:
@@ -89,12 +95,12 @@ def test_chunked_is_plain(chunk, scale, softcap):
         torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
 
 
-def test_all_losses_of_one_pass_equal_each_alone():
+def test_all_losses_of_one_pass_equal_each_alone(whole):
     hidden, weight, bias, inputs = example()
     head = Head(weight, bias)
-    together = head_losses(hidden, head, row_losses(), chunk=6, **inputs)
+    together = head_losses(hidden, head, row_losses(), chunk=6, whole=whole, **inputs)
     for name, loss in row_losses().items():
-        alone = head_losses(hidden, head, {name: loss}, chunk=6, **inputs)[name]
+        alone = head_losses(hidden, head, {name: loss}, chunk=6, whole=whole, **inputs)[name]
         assert torch.equal(together[name], alone)
         ours = torch.autograd.grad(together[name].sum(), (hidden, weight, bias), retain_graph=True)
         theirs = torch.autograd.grad(alone.sum(), (hidden, weight, bias))
@@ -270,39 +276,42 @@ def test_rows_of_what_is_given_keep_their_kind():
     assert (moved.cells.device.type, moved.plain) == ("meta", False)
 
 
-def test_without_gradient_nothing_is_kept():
+def test_without_gradient_nothing_is_kept(whole):
     hidden, weight, bias, inputs = example()
     with torch.no_grad():
-        values = head_losses(hidden, Head(weight, bias), row_losses(), chunk=4, **inputs)
+        values = head_losses(hidden, Head(weight, bias), row_losses(), chunk=4, whole=whole, **inputs)
     assert not any(v.requires_grad for v in values.values())
-    kept = head_losses(hidden, Head(weight, bias), row_losses(), chunk=4, **inputs)
+    kept = head_losses(hidden, Head(weight, bias), row_losses(), chunk=4, whole=whole, **inputs)
     assert all(torch.equal(values[name], kept[name].detach()) for name in values)
 
 
 @pytest.mark.parametrize("cells", [False, True])
-def test_no_rows(cells):
+def test_no_rows(cells, whole):
     hidden, weight, bias, inputs = example()
     given = {KEY: inputs["given"][KEY][:0]} if cells else None
-    values = head_losses(hidden[:0], Head(weight, bias), row_losses(), targets=inputs["targets"][:0], given=given)
+    values = head_losses(
+        hidden[:0], Head(weight, bias), row_losses(), targets=inputs["targets"][:0], given=given, whole=whole
+    )
     assert list(values) == list(row_losses())
     assert all((v.shape, v.dtype) == ((0,), torch.float32) for v in values.values())
 
 
-def test_a_chunk_of_no_rows_is_refused():
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_chunk_of_no_rows_is_refused(size, whole):
     hidden, weight, bias, inputs = example()
-    with pytest.raises(ValueError, match="at least 1, got -1"):
-        head_losses(hidden, Head(weight, bias), row_losses(), chunk=-1, **inputs)
+    with pytest.raises(ValueError, match=f"at least 1 row, got {size}"):
+        head_losses(hidden, Head(weight, bias), row_losses(), chunk=size, whole=whole, **inputs)
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_mixed_precision_outside_autocast(hidden_dtype, weight_dtype):
+def test_mixed_precision_outside_autocast(hidden_dtype, weight_dtype, whole):
     hidden, weight, bias, inputs = example()
-    reference = head_losses(hidden, Head(weight, bias), row_losses(), chunk=7, **inputs)
+    reference = head_losses(hidden, Head(weight, bias), row_losses(), chunk=7, whole=whole, **inputs)
     half, rows = weight.detach().to(weight_dtype).requires_grad_(), hidden.detach().to(hidden_dtype).requires_grad_()
     head = Head(half, bias.detach().to(weight_dtype))
     assert head.logits(rows).dtype == torch.float32
-    ours = head_losses(rows, head, row_losses(), chunk=7, **inputs)
+    ours = head_losses(rows, head, row_losses(), chunk=7, whole=whole, **inputs)
     mixed(ours).backward()
     assert (rows.grad.dtype, half.grad.dtype) == (hidden_dtype, weight_dtype)
     assert rows.grad.isfinite().all()
@@ -315,30 +324,34 @@ def test_mixed_precision_outside_autocast(hidden_dtype, weight_dtype):
 
 @pytest.mark.parametrize("power", [0, 4, 8, 12, 16])
 @pytest.mark.parametrize("hidden_dtype", [torch.float16, torch.float32])
-def test_loss_scaling_reaches_float32_arithmetic(power, hidden_dtype):
+def test_loss_scaling_reaches_float32_arithmetic(power, hidden_dtype, whole):
     """A gradient made in half precision before the scaler multiplies would be off by a tenth at any scale."""
     hidden, weight, bias, inputs = example(n=64, v=2000, k=8)
     exact = torch.autograd.grad(
-        mixed(head_losses(hidden, Head(weight, bias), row_losses(), chunk=16, **inputs)) / 4096, (weight, bias)
+        mixed(head_losses(hidden, Head(weight, bias), row_losses(), chunk=16, whole=whole, **inputs)) / 4096,
+        (weight, bias),
     )
     rows = hidden.detach().to(hidden_dtype)
     if hidden_dtype == torch.float16:
         exact = torch.autograd.grad(
-            mixed(head_losses(rows.float(), Head(weight, bias), row_losses(), chunk=16, **inputs)) / 4096,
+            mixed(head_losses(rows.float(), Head(weight, bias), row_losses(), chunk=16, whole=whole, **inputs)) / 4096,
             (weight, bias),
         )
-    scaled = mixed(head_losses(rows, Head(weight, bias), row_losses(), chunk=16, **inputs)) / 4096 * 2**power
+    scaled = (
+        mixed(head_losses(rows, Head(weight, bias), row_losses(), chunk=16, whole=whole, **inputs)) / 4096 * 2**power
+    )
     for ours, theirs in zip(torch.autograd.grad(scaled, (weight, bias)), exact, strict=True):
         assert ((ours / 2**power - theirs).norm() / theirs.norm()) < 1e-6
 
 
-def test_under_fp16_autocast_a_scaled_gradient_is_close():
+def test_under_fp16_autocast_a_scaled_gradient_is_close(whole):
     hidden, weight, bias, inputs = example(n=64, v=2000, k=8)
     exact = torch.autograd.grad(
-        mixed(head_losses(hidden, Head(weight, bias), row_losses(), chunk=16, **inputs)) / 4096, (hidden, weight)
+        mixed(head_losses(hidden, Head(weight, bias), row_losses(), chunk=16, whole=whole, **inputs)) / 4096,
+        (hidden, weight),
     )
     with torch.autocast("cpu", dtype=torch.float16):
-        values = head_losses(hidden, Head(weight, bias), row_losses(), chunk=16, **inputs)
+        values = head_losses(hidden, Head(weight, bias), row_losses(), chunk=16, whole=whole, **inputs)
     assert all(v.dtype == torch.float32 for v in values.values())
     scale = 2**14
     for ours, theirs in zip(torch.autograd.grad(mixed(values) / 4096 * scale, (hidden, weight)), exact, strict=True):
@@ -361,11 +374,11 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_all_logits_are_never_made():
+def test_all_logits_are_never_made(whole):
     n, v, chunk = 512, 640, 16
     hidden, weight, bias, inputs = example(n=n, v=v)
     with Largest() as forward:
-        total = mixed(head_losses(hidden, Head(weight, bias), row_losses(), chunk=chunk, **inputs))
+        total = mixed(head_losses(hidden, Head(weight, bias), row_losses(), chunk=chunk, whole=whole, **inputs))
     with Largest() as backward:
         total.backward()
     for seen in (forward, backward):
@@ -373,7 +386,7 @@ def test_all_logits_are_never_made():
         assert seen.elements <= chunk * v, f"a tensor of {seen.elements:,} elements in {sorted(seen.shapes)}"
 
 
-def test_a_graph_keeps_no_logits():
+def test_a_graph_keeps_no_logits(whole):
     """What autograd holds between forward and backward: rows and weights, not the chunks' logits."""
     n, v = 256, 640
     hidden, weight, bias, inputs = example(n=n, v=v)
@@ -384,7 +397,7 @@ def test_a_graph_keeps_no_logits():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total = mixed(head_losses(hidden, Head(weight, bias), row_losses(), chunk=16, **inputs))
+        total = mixed(head_losses(hidden, Head(weight, bias), row_losses(), chunk=16, whole=whole, **inputs))
     assert held
     assert sum(held.values()) < 4 * n * v / 4
     total.backward()
@@ -427,11 +440,13 @@ def test_what_the_families_do_is_known(tiny_models):
     assert [f for f, h in heads.items() if h.bias is not None] == ["phi"]
 
 
-def test_the_gradient_reaches_tied_embeddings():
+def test_the_gradient_reaches_tied_embeddings(whole):
     model = build_tiny("llama", tie_word_embeddings=True)
     ids = torch.tensor([[0, 5, 9]])
     hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0, :2]
-    ours = head_losses(hidden, head_of(model), {"lm": row_losses()["lm"]}, targets=ids[0, 1:], chunk=1)["lm"].sum()
+    ours = head_losses(hidden, head_of(model), {"lm": row_losses()["lm"]}, targets=ids[0, 1:], chunk=1, whole=whole)[
+        "lm"
+    ].sum()
     (gradient,) = torch.autograd.grad(ours, model.get_input_embeddings().weight)
     theirs = functional.cross_entropy(model(input_ids=ids).logits[0, :2], ids[0, 1:], reduction="sum")
     (expected,) = torch.autograd.grad(theirs, model.get_input_embeddings().weight)

@@ -35,6 +35,7 @@ LEVELS = {
         "inside",
         "pair",
         "readings",
+        "one_softmax",
         "head",
         "taps",
         "projectors",

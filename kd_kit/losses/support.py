@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 # Lower than any logit, yet finite: where all mass sits in the kept cells the tail's log-sum-exp stays a number.
-_OUT = -1e30
+OUT = -1e30
 # What float32 leaves of a tail that holds nothing, on either side: log(0) there would make every divergence infinite.
-_EMPTY_TAIL = 1e-7
+EMPTY_TAIL = 1e-7
 
 
 def top_k_cells(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +35,7 @@ def top_k_cells(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     kept, ids = probs[:, :-1].topk(k, dim=-1)
     # log(0) = -inf marks an unused cell; 1 - sum would lose a small tail to rounding, the sum of the rest would cost
     # another pass: the clamp keeps a tail that is rounded to nothing at the size of that rounding.
-    tail = (1 - kept.sum(-1)).clamp(min=_EMPTY_TAIL).log()
+    tail = (1 - kept.sum(-1)).clamp(min=EMPTY_TAIL).log()
     return ids, kept.log(), tail
 
 
@@ -67,7 +67,7 @@ def sampled_cells(probs: Tensor, k: int, place: Tensor) -> tuple[Tensor, Tensor,
     size = probs.shape[-1] - 1
     log_probs = probs.gather(-1, drawn).log()
     log_probs = torch.where(drawn < size, log_probs, -math.inf)
-    return drawn.clamp(max=size - 1), log_probs, probs[:, -1].clamp(min=_EMPTY_TAIL).log()
+    return drawn.clamp(max=size - 1), log_probs, probs[:, -1].clamp(min=EMPTY_TAIL).log()
 
 
 def uniform(place: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def sorted_cells(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
         returns: log_probs [n, K], tail [n], both float32
     """
     kept = probs.topk(k, dim=-1).values
-    return kept.log(), (1 - kept.sum(-1)).clamp(min=_EMPTY_TAIL).log()
+    return kept.log(), (1 - kept.sum(-1)).clamp(min=EMPTY_TAIL).log()
 
 
 def student_cells(logits: Tensor, ids: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -121,15 +121,15 @@ def student_cells(logits: Tensor, ids: Tensor, used: Tensor | None = None) -> tu
         )
     cells = logits.gather(-1, ids)
     if used is None:
-        outside = logits.scatter(-1, ids, _OUT)
+        outside = logits.scatter(-1, ids, OUT)
     else:
         # an unused cell's logit stays outside, with the tail
-        cells = cells.masked_fill(~used, _OUT)
-        outside = logits.scatter(-1, ids, torch.where(used, _OUT, logits.gather(-1, ids)))
+        cells = cells.masked_fill(~used, OUT)
+        outside = logits.scatter(-1, ids, torch.where(used, OUT, logits.gather(-1, ids)))
     tail = outside.logsumexp(-1, keepdim=True)
     # nothing may be left for the tail: K = V with every cell used, or all other logits masked
-    nothing = cells.logsumexp(-1, keepdim=True) + math.log(_EMPTY_TAIL)
-    tail = torch.where(tail > _OUT / 2, tail, nothing)
+    nothing = cells.logsumexp(-1, keepdim=True) + math.log(EMPTY_TAIL)
+    tail = torch.where(tail > OUT / 2, tail, nothing)
     every = torch.cat([cells, tail], dim=-1)
     log_z = every.logsumexp(-1)
     log_probs = every - log_z.unsqueeze(-1)

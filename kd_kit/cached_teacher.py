@@ -69,15 +69,17 @@ class CachedTeacher(LiveTeacher):
             out.append(f"routing scores {needs.routing_scores!r}")
         return out + [f"attention of layer {n}" for n in sorted(needs.teacher_attention)]
 
-    def signal(self, batch: DistillBatch) -> TeacherSignal:
+    def signal(self, batch: DistillBatch, here: DistillBatch | None = None) -> TeacherSignal:
         """As :meth:`LiveTeacher.signal`."""
-        if not self._is_ours(batch):
-            return super().signal(batch)
-        here, target = batch.to("cpu"), batch.student_ids.device
+        here, target = batch.to("cpu") if here is None else here, batch.student_ids.device
+        if not self._is_ours(here):
+            return super().signal(batch, here)
         windows, kinds = here.sample.tolist(), kinds_of_rows(self.needs)
         wanted = counts_of(here)
         if any(self.cache.counts(kind, windows) != wanted[kind].tolist() for kind in set(kinds.values())):
-            return super().signal(batch)  # held-out text that repeats a window of the training text, scored in part
+            return super().signal(
+                batch, here
+            )  # held-out text that repeats a window of the training text, scored in part
         signal = join(lambda name: self.cache.fetch(name, kinds[name], windows), here, self.needs)
         if target.type == "cuda":
             signal = signal.pin_memory()

@@ -24,7 +24,7 @@ from kd_kit.reduce import chunks
 from kd_kit.types import OnDevice
 
 CHUNK_BYTES = 64 * 2**20
-"""Memory for one chunk of float32 logits. One softmax needs no more, whole rows of logits about four times that."""
+"""Memory for one chunk of float32 logits, on a card a 64th of it. Whole rows of logits take about four times that."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,17 @@ class Head:
         bias = None if self.bias is None else self.bias[:rows]
         return Head(self.weight[:rows], bias, self.scale, self.softcap)
 
+    def of(self, ids: Tensor) -> Head:
+        """The head of some tokens only, [n] int64; a copy."""
+        bias = None if self.bias is None else self.bias[ids]
+        return Head(self.weight[ids], bias, self.scale, self.softcap)
+
     def chunk_rows(self) -> int:
-        """How many rows of float32 logits fit in ``CHUNK_BYTES``."""
-        return max(16, CHUNK_BYTES // (4 * self.weight.shape[0]))
+        """How many rows of float32 logits fit in the memory for a chunk."""
+        device, budget = self.weight.device, CHUNK_BYTES
+        if device.type == "cuda":  # a product with few rows is slower there: 256 MiB of 16 GiB
+            budget = max(budget, torch.cuda.get_device_properties(device).total_memory // 64)
+        return max(16, budget // (4 * self.weight.shape[0]))
 
 
 def head_of(model: nn.Module) -> Head:

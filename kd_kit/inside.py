@@ -12,7 +12,7 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-from kd_kit.vocab import Bridge, Vocabulary, build_bridge, homes_of
+from kd_kit.vocab import Bridge, Vocabulary, added_up, build_bridge, homes_of
 
 
 class InsideBridge(Bridge):
@@ -34,14 +34,12 @@ class InsideBridge(Bridge):
         super().__init__(plain.table, plain.student_size, plain.shared)
         text = [t for t in range(teacher.size) if teacher.tokens[t] and t not in teacher.special]
         order = sorted(text, key=teacher.tokens.__getitem__)
-        rank = torch.full((teacher.size,), -1)  # special tokens continue no text
-        rank[torch.tensor(order)] = torch.arange(len(order))
         own = {
             "_tokens": teacher.tokens,
             "_student": student,
             "_sorted": [teacher.tokens[t] for t in order],
-            "_rank": rank,
-            "_ranks": {},  # all filled as text asks for them
+            "_order": torch.tensor(order),  # special tokens continue no text
+            "_orders": {},  # all filled as text asks for them
             "_homes": {},
             "_spans": {},
         }
@@ -67,20 +65,22 @@ class InsideBridge(Bridge):
                 self._homes[key] = self.homes(depth).to(device)
         return self._homes[key]
 
-    def project_at(self, probs: Tensor, depth: int, first: Tensor, last: Tensor) -> Tensor:
+    def project_at(self, probs: Tensor, depth: int, first: Tensor, last: Tensor, widest: int | None = None) -> Tensor:
         """As :meth:`Bridge.project_at`, at aligned positions and at those ``depth`` bytes inside teacher tokens."""
         if depth == 0:
             return self.project(probs)
         device = probs.device
-        if device not in self._ranks:
-            self._ranks[device] = self._rank.to(device)
-        rank = self._ranks[device]
-        fits = (rank >= first.unsqueeze(-1)) & (rank < last.unsqueeze(-1))
-        kept = torch.where(fits, probs.float(), 0.0)
+        if device not in self._orders:
+            self._orders[device] = self._order.to(device)
+        widest = int((last - first).max()) if widest is None and len(probs) else widest or 0
+        # only the tokens that begin with what was read, which are neighbours in byte order
+        ranks = first.unsqueeze(-1) + torch.arange(widest, device=device)
+        fits = ranks < last.unsqueeze(-1)
+        tokens = self._orders[device][ranks.clamp(max=len(self._order) - 1)]
+        kept = torch.where(fits, probs.float().gather(1, tokens), 0.0)
         # the floor is far below what any loss can see, and keeps a teacher that gives 0 to all of them finite
         kept = kept / kept.sum(-1, keepdim=True).clamp(min=1e-30)
-        out = kept.new_zeros(len(probs), self.student_size + 1)
-        return out.index_add_(1, self.homes(depth, device), kept)
+        return added_up(kept, self.homes(depth, device)[tokens], self.student_size + 1)
 
 
 def _after(prefix: bytes) -> bytes:

@@ -28,6 +28,7 @@ from kd_kit.ranges import RANGES
 from kd_kit.readings import (
     BridgeReading,
     Needs,
+    SharedReading,
     SortedReading,
     StrictReading,
     direct_bridge,
@@ -55,6 +56,7 @@ def kd_term(
     temperature: float = 1.0,
     inside: bool = True,
     sampled: bool = False,
+    teacher_rows: str = "all",
     name: str = "kd",
 ) -> LossTerm:
     """Divergence from the teacher's next-token distribution, over its top K cells and the tail.
@@ -79,12 +81,15 @@ def kd_term(
         inside: teach inside teacher tokens too; otherwise only where both stand at the same byte ("bridge", "same").
         sampled: K draws from the teacher instead of its K largest cells, an unbiased estimate of the forward KL over
             the whole vocabulary ("bridge", "same", "direct").
+        teacher_rows: "shared" reads only those rows of the teacher's head whose tokens the student has, too: a step is
+            faster, but the teacher is then heard only at aligned positions, and only given that it says one of these
+            tokens ("bridge"; "strict" always does so).
         name: of the term, where a run has several of this kind.
 
     Raises:
-        ValueError: an unknown method, ``top_k`` below 1, ``temperature`` not positive, or a divergence, temperature or
-            ``sampled`` that does not go with the method. When the trainer is built: K above the vocabulary, or
-            tokenizers that the method does not suit.
+        ValueError: an unknown method, ``top_k`` below 1, ``temperature`` not positive, or a divergence, temperature,
+            ``sampled`` or ``teacher_rows`` that does not go with the method. When the trainer is built: K above the
+            vocabulary, or tokenizers that the method does not suit.
 
     Source: Hinton, Vinyals, Dean 2015, section 2; the readings in :mod:`kd_kit.readings`
     """
@@ -110,6 +115,14 @@ def kd_term(
             f"divergence={name_of(divergence)}, temperature={temperature}"
         )
 
+    if teacher_rows not in ("all", "shared"):
+        raise ValueError(f"kd_term: expected teacher_rows='all' or 'shared', got {teacher_rows!r}")
+    if teacher_rows == "shared" and (method != "bridge" or sampled):
+        raise ValueError(
+            f"kd_term: expected method='bridge' and sampled=False with teacher_rows='shared', got method={method!r}, "
+            f"sampled={sampled}; leave teacher_rows= out"
+        )
+
     def compare(student: Tensor, teacher: Tensor) -> Tensor:
         value = divergence(student, teacher)
         if temperature != 1.0:
@@ -123,8 +136,8 @@ def kd_term(
         if method == "uld":
             reading = SortedReading(setup.pair.teacher_vocab.size, top_k)
             rows = _sorted_rows(reading.key)
-        elif method == "strict":
-            reading = StrictReading(setup.pair, top_k)
+        elif method == "strict" or teacher_rows == "shared":
+            reading = (StrictReading if method == "strict" else SharedReading)(setup.pair, top_k)
             rows = _cell_rows(reading.key, compare)
         else:
             over = "taught" if inside and method != "direct" else "aligned"
@@ -144,6 +157,7 @@ def kd_term(
             "temperature": temperature,
             "inside": inside,
             "sampled": sampled,
+            **({"teacher_rows": teacher_rows} if teacher_rows != "all" else {}),
         },
     )
 

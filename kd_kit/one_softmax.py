@@ -166,10 +166,13 @@ class _LogProbs(torch.autograd.Function):
 
 def _blocks(raw: Tensor, rows: slice) -> Iterator[tuple[slice, slice]]:
     """Blocks of a chunk's rows: where they are in the chunk, and where among all rows."""
-    bytes_at_once = _CACHE if raw.device.type == "cpu" else _CACHE_OF_A_CARD
-    size = max(1, bytes_at_once // (4 * raw.shape[1]))
-    for part in chunks(len(raw), size):
+    for part in chunks(len(raw), rows_at_once(raw.device, raw.shape[1])):
         yield part, slice(rows.start + part.start, rows.start + part.stop)
+
+
+def rows_at_once(device: torch.device, width: int) -> int:
+    """Rows of float32 numbers that are worked on at once, so that they stay in a processor's cache meanwhile."""
+    return max(1, (_CACHE if device.type == "cpu" else _CACHE_OF_A_CARD) // (4 * width))
 
 
 def _read(plan: _Plan, logits: Tensor, at: slice, targets, target, log_z, outs, tails) -> None:

@@ -29,12 +29,14 @@ class Where:
         first, last: [n] int64, the range of teacher tokens that begin with these bytes, see ``DistillBatch.prefix``.
         place: [n] int64, a number that tells the position apart from all others of its data set, whatever batch it
             comes in.
+        widest: the largest of these ranges, known on the host.
     """
 
     depth: int
     first: Tensor
     last: Tensor
     place: Tensor
+    widest: int = 0
 
 
 class BridgeReading:
@@ -51,6 +53,8 @@ class BridgeReading:
         ValueError: K below 1 or above the student's vocabulary.
     """
 
+    rows = None
+
     def __init__(self, name: str, bridge: Bridge, top_k: int | None, *, sampled: bool = False, over: str = "taught"):
         self.bridge = bridge
         self.over = over
@@ -65,7 +69,7 @@ class BridgeReading:
         Shapes:
             probs: [n, U] float32
         """
-        carried = self.bridge.project_at(probs, where.depth, where.first, where.last)
+        carried = self.bridge.project_at(probs, where.depth, where.first, where.last, where.widest)
         if self.sampled:
             return Cells(*sampled_cells(carried, self.top_k, where.place))
         return Cells(*top_k_cells(carried, self.top_k))
@@ -74,7 +78,38 @@ class BridgeReading:
         """All tokens."""
 
 
-class StrictReading:
+class SharedReading:
+    """The teacher's distribution over the tokens that both vocabularies have, given that it says one of them.
+
+    Only the rows of these tokens in the teacher's head are needed, a quarter of them for Qwen3 and SmolLM. What the
+    teacher would give to all other tokens is not known, so what a student should say instead is not taught.
+    """
+
+    over, plain = "aligned", True
+
+    def __init__(self, pair: TokenizerPair, top_k: int | None):
+        table = torch.from_numpy(pair.identical)
+        self.rows = (table >= 0).nonzero().squeeze(-1)
+        homes = table[self.rows]
+        self._bridge = Bridge(homes, pair.student_vocab.size, len(self.rows))
+        self._shared = torch.zeros(pair.student_vocab.size, dtype=torch.bool)
+        self._shared[homes] = True
+        self.top_k = cells_within(top_k, int(self._shared.sum()), "the tokens that both vocabularies have")
+        self.key = f"shared top {self.top_k}"
+
+    def read(self, probs: Tensor, where: Where) -> Cells:
+        """As :meth:`BridgeReading.read`; the tail holds what is shared and below the top K.
+
+        Shapes:
+            probs: [n, rows] float32, over ``rows``
+        """
+        return Cells(*top_k_cells(self._bridge.project(probs), self.top_k))
+
+    def among(self, size: int, device: torch.device) -> Tensor | None:
+        """All tokens."""
+
+
+class StrictReading(SharedReading):
     """Only positions where both sides' next tokens are the same bytes, and only tokens that both vocabularies have.
 
     Both sides are renormalised over those tokens.
@@ -82,24 +117,12 @@ class StrictReading:
     Source: the exact-match baseline of https://arxiv.org/abs/2610.08448
     """
 
-    over, plain = "same", True
+    over = "same"
 
     def __init__(self, pair: TokenizerPair, top_k: int | None):
-        size, table = pair.student_vocab.size, torch.from_numpy(pair.identical)
-        self._shared = torch.zeros(size, dtype=torch.bool)
-        self._shared[table[table >= 0]] = True
+        super().__init__(pair, top_k)
         self._among: dict[tuple[int, torch.device], Tensor] = {}
-        count = int(self._shared.sum())
-        self._bridge = Bridge(torch.where(table < 0, size, table), size, count)
-        self.top_k = cells_within(top_k, count, "the tokens that both vocabularies have")
         self.key = f"strict top {self.top_k}"
-
-    def read(self, probs: Tensor, where: Where) -> Cells:
-        """As :meth:`BridgeReading.read`; the tail holds what is shared and below the top K."""
-        kept = self._bridge.project(probs)[:, :-1]
-        kept = kept / kept.sum(-1, keepdim=True).clamp(min=1e-30)
-        none = kept.new_zeros(len(kept), 1)
-        return Cells(*top_k_cells(torch.cat([kept, none], dim=-1), self.top_k))
 
     def among(self, size: int, device: torch.device) -> Tensor:
         """[size] bool, the tokens of a student's head with ``size`` rows over which it is normalised, too."""
@@ -116,7 +139,7 @@ class SortedReading:
     Source: Boizard et al. 2024, "Towards cross-tokenizer distillation", https://arxiv.org/abs/2402.12030
     """
 
-    over, plain = "aligned", False
+    over, plain, rows = "aligned", False, None
 
     def __init__(self, teacher_size: int, top_k: int | None):
         self.top_k = cells_within(top_k, teacher_size, "the teacher's vocabulary")
@@ -131,7 +154,7 @@ class SortedReading:
         """All tokens."""
 
 
-Reading = BridgeReading | StrictReading | SortedReading
+Reading = BridgeReading | SharedReading | SortedReading
 
 
 @dataclass(frozen=True)

@@ -107,13 +107,14 @@ class Bridge:
     table: Tensor
     student_size: int
     shared: int
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def teacher_size(self) -> int:
         return len(self.table)
 
     def project(self, probs: Tensor) -> Tensor:
-        """Teacher probabilities in student terms: one ``index_add``, nothing learned.
+        """Teacher probabilities in student terms: one sum by places, nothing learned.
 
         Shapes:
             probs: [n, U] float, rows over the teacher's tokenizer (padded rows of its head already cut off)
@@ -124,15 +125,21 @@ class Bridge:
                 f"Bridge.project: expected probabilities over {self.teacher_size} teacher tokens, got "
                 f"{probs.shape[-1]}; cut the padded rows of the teacher's head off first"
             )
-        out = probs.new_zeros(probs.shape[0], self.student_size + 1, dtype=torch.float32)
-        return out.index_add_(1, self.table.to(probs.device), probs.float())
+        return added_up(probs.float(), self.table_on(probs.device).expand(probs.shape), self.student_size + 1)
 
-    def project_at(self, probs: Tensor, depth: int, first: Tensor, last: Tensor) -> Tensor:
+    def table_on(self, device: torch.device) -> Tensor:
+        """The table on a device; copied there once."""
+        if device not in self._tables:
+            self._tables[device] = self.table.to(device)
+        return self._tables[device]
+
+    def project_at(self, probs: Tensor, depth: int, first: Tensor, last: Tensor, widest: int | None = None) -> Tensor:
         """:meth:`project` at positions of a batch; this table alone knows the aligned ones, of depth 0.
 
         Shapes:
             probs: [n, U] float
             first, last: [n] int64, the other columns of ``DistillBatch.prefix``
+            widest: the largest of their differences, where it is known
             returns: [n, V' + 1] float32
 
         Raises:
@@ -151,6 +158,12 @@ class Bridge:
             f"Bridge({self.teacher_size:,} teacher tokens -> {self.student_size:,} student tokens: "
             f"{self.shared:,} byte-identical, {homeless:,} without a home)"
         )
+
+
+def added_up(values: Tensor, places: Tensor, size: int) -> Tensor:
+    """[n, size]: the values of each row, added up by their places."""
+    # along rows: adding whole columns would be many times slower for a few rows
+    return values.new_zeros(len(values), size).scatter_add_(1, places, values)
 
 
 def special_map(teacher: Vocabulary, student: Vocabulary) -> dict[int, int]:

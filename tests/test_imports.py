@@ -66,7 +66,7 @@ LEVELS = {
         "run_lock",
         "cursor",
     ],
-    "models": ["offline", "sources", "models", "routing", "teacher", "signal_pieces"],
+    "models": ["offline", "sources", "models", "routing", "teacher_rows", "teacher", "signal_pieces"],
     "decisions": [
         "ranges",
         "terms",

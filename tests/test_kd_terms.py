@@ -24,7 +24,10 @@ from kd_kit.terms import Setup
 
 DIVERGENCES = (forward_kl, reverse_kl, jensen_shannon, skew_kl)
 SIZE = len(TOY_STUDENT)
-FAMILY = {method: {} for method in METHODS} | {"sampled": {"sampled": True, "top_k": 9}}
+FAMILY = {method: {} for method in METHODS} | {
+    "sampled": {"sampled": True, "top_k": 9},
+    "shared": {"teacher_rows": "shared"},
+}
 """Settings of the term by what it is called here."""
 
 
@@ -112,7 +115,7 @@ def test_drawn_a_student_that_is_the_teacher_has_a_value_of_0_and_no_gradient_on
     assert largest(sums) < 3 * max(sizes) / math.sqrt(draws)
 
 
-@pytest.mark.parametrize("kind", [*METHODS, "sampled"])
+@pytest.mark.parametrize("kind", [*METHODS, "sampled", "shared"])
 def test_a_signal_of_the_neighbouring_position_is_far_off(one, kind):
     """Nothing here could be at its floor by accident: one position late, and the same models are far apart."""
     tokenizers, batch = one
@@ -204,6 +207,7 @@ def test_ids_that_do_not_mean_the_same_are_refused_with_figures(tmp_path, method
         ({"method": "strict", "top_k": 4}, "same"),
         ({"method": "uld", "top_k": 4}, "aligned"),
         ({"method": "projector"}, "aligned"),
+        ({"teacher_rows": "shared", "top_k": 4}, "aligned"),
     ],
 )
 def test_a_method_runs_over_the_positions_that_it_is_about(two, settings, over):
@@ -235,7 +239,9 @@ NOWHERE = {
 }
 
 
-@pytest.mark.parametrize(("kind", "what"), [*((kind, "taught") for kind in [*METHODS, "sampled"]), ("strict", "same")])
+@pytest.mark.parametrize(
+    ("kind", "what"), [*((kind, "taught") for kind in [*METHODS, "sampled", "shared"]), ("strict", "same")]
+)
 def test_a_batch_without_a_position_is_a_finite_step_of_0(one, kind, what):
     tokenizers, batch = one
     none = NOWHERE[what](batch)
@@ -447,6 +453,9 @@ def test_a_projector_wants_tokens_that_both_have():
             "'uld' is a distance of its own; leave divergence= and temperature= out",
         ),
         ({"method": "uld", "divergence": reverse_kl}, "'uld' is a distance of its own; leave divergence="),
+        ({"teacher_rows": "few"}, "expected teacher_rows='all' or 'shared', got 'few'"),
+        ({"teacher_rows": "shared", "method": "same"}, "with teacher_rows='shared', got method='same'"),
+        ({"teacher_rows": "shared", "sampled": True}, "with teacher_rows='shared', got method='bridge', sampled=True"),
         ({"sampled": True, "top_k": None}, r"sampled=True with a number of draws \(top_k=\).*got .*top_k=None"),
         ({"sampled": True, "divergence": reverse_kl}, "sampled=True with .*divergence=reverse_kl"),
         ({"sampled": True, "temperature": 2.0}, "sampled=True with .*temperature=2.0"),
@@ -473,7 +482,7 @@ def test_a_k_above_the_vocabulary_is_refused_when_the_trainer_is_built(tmp_path)
         assert kd_term(method=method, top_k=most).bound(Setup(None, None, pair())).needs.readings[0].top_k == most
 
 
-@pytest.mark.parametrize("kind", [*METHODS, "sampled"])
+@pytest.mark.parametrize("kind", [*METHODS, "sampled", "shared"])
 def test_a_term_says_what_it_is(kind):
     term = term_of(kind, 0.5, name="mine")
     assert (term.name, term.weight) == ("mine", 0.5)

@@ -9,18 +9,19 @@ import torch
 from conftest import build_tiny, cells_of, collate_by_hand, live, random_items, untaught
 from helpers import LETTERS, toy_data, toy_pair
 
-from kd_kit.head import head_of
+from kd_kit.head import Head, head_of
 from kd_kit.losses import student_cells
 from kd_kit.readings import (
     BridgeReading,
     Needs,
+    SharedReading,
     SortedReading,
     StrictReading,
     direct_bridge,
     same_bridge,
 )
 from kd_kit.teacher import LiveTeacher, default_reading
-from kd_kit.types import Cells
+from kd_kit.types import IGNORE, Cells
 from kd_kit.vocab import Bridge, Vocabulary
 
 
@@ -339,7 +340,9 @@ def test_the_strict_reading_is_the_teacher_over_what_both_have(toy, k):
     student, teacher = pair.student_vocab, pair.teacher_vocab
     reading = StrictReading(pair, k)
     shared = {t: student.tokens.index(token) for t, token in enumerate(teacher.tokens) if token in student.tokens}
-    assert {v for v, used in enumerate(reading.shared.tolist()) if used} == set(shared.values())
+    among = reading.among(student.size + 3, torch.device("cpu"))
+    assert {v for v, used in enumerate(among.tolist()) if used} == set(shared.values())
+    assert reading.rows.tolist() == list(shared)
     assert 10 < len(shared) < min(student.size, teacher.size)
     cells = ask(model, pair, reading).signal(batch).cells[reading.key]
     assert cells.ids.shape == (len(batch.same_rows), k or len(shared))
@@ -351,6 +354,43 @@ def test_the_strict_reading_is_the_teacher_over_what_both_have(toy, k):
         for t, v in shared.items():
             expected[v] = probs[t] / whole
         check_row(cells, n, expected, k or len(shared))
+
+
+@pytest.mark.parametrize("k", [1, 4, None])
+def test_the_shared_reading_is_the_teacher_given_that_both_have_it(toy, k):
+    pair, batch, model = toy
+    student, teacher = pair.student_vocab, pair.teacher_vocab
+    reading = SharedReading(pair, k)
+    shared = {t: student.tokens.index(token) for t, token in enumerate(teacher.tokens) if token in student.tokens}
+    cells = ask(model, pair, reading).signal(batch).cells[reading.key]
+    assert cells.ids.shape == (len(batch.aligned_rows), k or len(shared))
+    for n, flat in enumerate(batch.aligned_rows.tolist()):
+        probs = teacher_probs(model, read_before(batch, flat)[0], teacher.size)
+        expected = torch.zeros(student.size + 1, dtype=torch.float64)
+        for t, v in shared.items():
+            expected[v] = probs[t] / sum(probs[t] for t in shared)
+        check_row(cells, n, expected, k or len(shared))
+
+
+@pytest.mark.parametrize("kind", [SharedReading, StrictReading])
+def test_only_the_rows_that_are_looked_at_pass_the_head(toy, kind, monkeypatch):
+    """And with a reading of all tokens beside it, or span likelihoods, it says the same."""
+    pair, batch, model = toy
+    reading = kind(pair, 4)
+    seen = heads_asked(monkeypatch)
+    alone = ask(model, pair, reading).signal(batch).cells[reading.key]
+    assert {width for _, width in seen} == {len(reading.rows)}
+    assert len(reading.rows) < pair.teacher_vocab.size
+    for teacher in (
+        ask(model, pair, reading, BridgeReading("bridge", pair.bridge, 4)),
+        ask(model, pair, reading, span_log_probs=True),
+    ):
+        seen.clear()
+        other = teacher.signal(batch).cells[reading.key]
+        assert {width for _, width in seen} == {pair.teacher_vocab.size}
+        assert torch.equal(alone.ids, other.ids)
+        torch.testing.assert_close(alone.log_probs, other.log_probs)
+        torch.testing.assert_close(alone.tail, other.tail)
 
 
 @pytest.mark.parametrize("k", [1, 5, None])
@@ -466,6 +506,24 @@ def test_ids_of_the_same_bytes_keep_their_numbers_over_the_same_bridge():
     assert same_bridge(pair).table.tolist() == list(range(11))
 
 
+def heads_asked(monkeypatch) -> list[tuple[int, int]]:
+    """Filled with (rows, tokens) of every product with a head."""
+    seen, logits = [], Head.logits
+
+    def counted(self, hidden):
+        seen.append((len(hidden), len(self.weight)))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Head, "logits", counted)
+    return seen
+
+
+def teacher_places(batch, rows) -> set[tuple[int, int]]:
+    """The teacher's positions that these positions of the student ask about."""
+    width = batch.student_ids.shape[1]
+    return {(f // width, int(batch.teacher_index.flatten()[f])) for f in rows.tolist()}
+
+
 def test_several_readings_are_each_what_it_is_alone(toy, monkeypatch):
     """From one softmax per position, in chunks that end anywhere."""
     pair, batch, model = toy
@@ -478,39 +536,43 @@ def test_several_readings_are_each_what_it_is_alone(toy, monkeypatch):
     ]
     alone = {r.key: ask(model, pair, r).signal(batch).cells[r.key] for r in readings}
     assert len(alone) == len(readings), "every one has its own key"
-    asked = []
-    probabilities = LiveTeacher._probabilities
+    seen = heads_asked(monkeypatch)
     monkeypatch.setattr("kd_kit.head.Head.chunk_rows", lambda self: 7)
-    monkeypatch.setattr(
-        LiveTeacher,
-        "_probabilities",
-        lambda self, passes, rows: asked.append(len(rows)) or probabilities(self, passes, rows),
-    )
+    monkeypatch.setattr("kd_kit.teacher_rows.rows_at_once", lambda device, width: 3)
     together = ask(model, pair, *reversed(readings)).signal(batch).cells
     assert together.keys() == alone.keys()
     for key, cells in alone.items():
         for f in dataclasses.fields(cells):
             one, other = getattr(cells, f.name), getattr(together[key], f.name)
             assert one is other is None or torch.allclose(one.double(), other.double(), atol=1e-5), (key, f.name)
-    assert sum(asked) == len(batch.taught_rows), "every position once"
-    assert max(asked) == 7
+    rows = [n for n, _ in seen]
+    assert sum(rows) == len(teacher_places(batch, batch.taught_rows)), "every position of the teacher once"
+    assert sum(rows) < len(batch.taught_rows), "also where several of the student's stand inside one token"
+    assert max(rows) == 7
 
 
 def test_positions_that_no_reading_is_about_are_not_asked(toy, monkeypatch):
     pair, batch, model = toy
-    asked = []
-    probabilities = LiveTeacher._probabilities
-    monkeypatch.setattr(
-        LiveTeacher,
-        "_probabilities",
-        lambda self, passes, rows: asked.append(len(rows)) or probabilities(self, passes, rows),
-    )
+    seen = heads_asked(monkeypatch)
     ask(model, pair, SortedReading(pair.teacher_vocab.size, 5)).signal(batch)
-    assert sum(asked) == len(batch.aligned_rows) < len(batch.taught_rows)
-    asked.clear()
+    rows = sum(n for n, _ in seen)
+    assert rows == len(teacher_places(batch, batch.aligned_rows)) < len(batch.taught_rows)
+    seen.clear()
     signal = ask(model, pair, row_states=True, teacher_states=frozenset([1])).signal(batch)
-    assert asked == []
+    assert seen == []
     assert signal.cells == {}
+
+
+def test_spans_and_readings_share_one_pass_over_the_head(toy, monkeypatch):
+    pair, batch, model = toy
+    reading = BridgeReading("bridge", pair.bridge, 4)
+    spans = ask(model, pair, span_log_probs=True).signal(batch).span_log_probs
+    cells = ask(model, pair, reading).signal(batch).cells[reading.key]
+    seen = heads_asked(monkeypatch)
+    both = ask(model, pair, reading, span_log_probs=True).signal(batch)
+    assert sum(n for n, _ in seen) <= int((batch.teacher_targets != IGNORE).sum())
+    torch.testing.assert_close(both.span_log_probs, spans)
+    torch.testing.assert_close(both.cells[reading.key].log_probs, cells.log_probs)
 
 
 @pytest.mark.parametrize("k", [0, -1, 1000])

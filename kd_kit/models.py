@@ -7,6 +7,7 @@ builders: it takes seconds.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def build_teacher(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
 ):
     """A frozen causal language model in evaluation mode, dense or mixture of experts.
 
@@ -125,9 +127,13 @@ def build_teacher(
             itself.
         dtype: half precision on a GPU, since a frozen teacher needs no more: bfloat16 from capability 8.0, float16
             below; float32 on the CPU.
+        quantize: "nf4" or "int8" keeps the linear layers of the body in 4 or 8 bits, for a teacher that is too large
+            otherwise; slower, and a little less exact. Needs bitsandbytes (``pip install 'kd_kit[quantized]'``). What
+            share of the weights that is gets printed: transformers 5 keeps experts in one tensor a layer, which
+            bitsandbytes leaves as it is.
 
     Raises:
-        ValueError: nothing loadable there.
+        ValueError: nothing loadable there, or bitsandbytes is missing.
     """
     import transformers
 
@@ -142,8 +148,47 @@ def build_teacher(
     dtype = dtype or getattr(torch, profile.teacher_dtype)
     extra = _gguf_arguments() if os.fspath(name).endswith(".gguf") else {}
     extra |= profile.experts_argument(transformers.__version__)
+    if quantize is not None:
+        extra |= _quantized(quantize, dtype, os.fspath(name).endswith(".gguf")) | {"device_map": {"": device}}
     model = _from_pretrained(transformers.AutoModelForCausalLM, name, "build_teacher", dtype=dtype, **extra)
-    return model.to(device).eval().requires_grad_(False)
+    if quantize is None:
+        model = model.to(device)
+    else:
+        packed, whole = _packed_bytes(model)
+        print(f"teacher: {packed / 1e6:,.1f} of {whole / 1e6:,.1f} MB of weights are in {quantize}")
+    return model.eval().requires_grad_(False)
+
+
+def _quantized(kind: str, dtype: torch.dtype, gguf: bool) -> dict:
+    """What transformers is told so that a model's linear layers are packed."""
+    if kind not in ("nf4", "int8"):
+        raise ValueError(f"build_teacher: expected quantize= 'nf4', 'int8' or None, got {kind!r}")
+    if gguf:
+        raise ValueError(
+            "build_teacher: expected a hub name or a folder with quantize=, got a GGUF file, which is packed already; "
+            "leave quantize= out, or load the model that it was made from"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"build_teacher: expected bitsandbytes for quantize={kind!r}, got an environment without it; "
+            "pip install 'kd_kit[quantized]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    how = {"load_in_8bit": True}
+    if kind == "nf4":
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=list(_NEVER_PACKED), **how)}
+
+
+_NEVER_PACKED = ("lm_head", "embed_out", "gate", "router", "shared_expert_gate")
+"""Heads, which the kit multiplies by itself, and routers: a few numbers that decide which experts run."""
+
+
+def _packed_bytes(model) -> tuple[int, int]:
+    """Bytes of the weights that are packed, and of all."""
+    sizes = [(p.element_size() == 1, p.numel() * p.element_size()) for p in model.parameters()]
+    return sum(size for packed, size in sizes if packed), sum(size for _, size in sizes)
 
 
 def build_student(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from helpers import make_trainer, pair, part_term, small_data, teacher, tiny_student
 
-from kd_kit import build_data, build_student, build_teacher, build_tokenizers, export, lm_term
+from kd_kit import build_data, build_student, build_teacher, build_tokenizers, export, lm_term, models
+from kd_kit.head import head_of
 from kd_kit.models import check_model
 from kd_kit.offline import STUDENT, TEACHER, asset_folder
 
@@ -262,3 +265,56 @@ def test_an_export_without_tokenizers_has_only_the_model(tmp_path):
     folder = export(tiny_student(), tmp_path / "deep" / "export")
     assert not (folder / "tokenizer.json").exists()
     shutil.rmtree(folder)
+
+
+# ---- a teacher in few bits
+
+
+def without_bitsandbytes(monkeypatch):
+    import transformers  # noqa: F401 - it looks for the library once, and remembers
+
+    find = models.importlib.util.find_spec
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda n: None if n == "bitsandbytes" else find(n))
+
+
+def test_a_quantized_teacher_needs_its_library(monkeypatch):
+    without_bitsandbytes(monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"expected bitsandbytes for quantize='nf4'.*pip install 'kd_kit\[quantized\]'"
+    ):
+        build_teacher(quantize="nf4")
+
+
+@pytest.mark.parametrize("kind", ["nf8", 4, True])
+def test_an_unknown_quantization_is_refused(kind):
+    with pytest.raises(ValueError, match=r"build_teacher: expected quantize= 'nf4', 'int8' or None, got"):
+        build_teacher(quantize=kind)
+
+
+def test_what_is_packed_already_is_not_packed_again(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match="got a GGUF file, which is packed already; leave quantize= out"):
+        build_teacher(tmp_path / "model.gguf", quantize="nf4")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is an extra: pip install 'kd_kit[quantized]'"
+)
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes and its types on a CPU
+@pytest.mark.parametrize(("kind", "close"), [("nf4", 0.2), ("int8", 0.02)])
+def test_a_quantized_teacher_says_nearly_the_same(kind, close, capsys):
+    """Its head and its routers stay as they are, and it can be read like any other."""
+    teacher, whole = build_teacher(quantize=kind), build_teacher()
+    packed = float(re.search(r"teacher: ([\d.]+) of [\d.]+ MB of weights are in " + kind, capsys.readouterr().out)[1])
+    assert packed > 0
+    assert head_of(teacher).weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher.training
+    ids = torch.tensor([pair().teacher.encode("It was a truth universally acknowledged, that she had no fortune.")])
+    with torch.no_grad():
+        ours, theirs = teacher(input_ids=ids).logits.log_softmax(-1), whole(input_ids=ids).logits.log_softmax(-1)
+    gap = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert 0 < gap < close
+    routers = [n for n, p in teacher.named_parameters() if re.search(r"mlp\.(gate|router)\.", n)]
+    assert routers
+    assert all(teacher.get_parameter(n).is_floating_point() for n in routers)

@@ -142,10 +142,8 @@ class Given(OnDevice):
         return Given(*some, plain=self.plain, among=self.among)
 
     @property
-    def read(self) -> Read | None:
-        """What of the student's distribution goes with it; None where that is not a few tokens."""
-        if self.ids is None or self.cells is None:
-            return None
+    def read(self) -> Read:
+        """What of the student's distribution goes with its cells."""
         return Read(self.ids, self.cells[:, :-1] != -torch.inf if self.plain else None, self.plain, self.among)
 
 
@@ -247,7 +245,7 @@ RowLoss = Callable[[Rows], Tensor]
 :class:`LogitRows`."""
 
 _FEW = 256
-"""Cells of a row that are few, also where the vocabulary is small; see :func:`_are_few`."""
+"""Cells of a row that are few, also where the vocabulary is small; see :func:`_is_few`."""
 
 
 def head_losses(
@@ -274,11 +272,11 @@ def head_losses(
     given, size = given or {}, head.chunk_rows() if chunk is None else chunk
     if size < 1:
         raise ValueError(f"head_losses: expected a chunk of at least 1 row, got {size}")
-    reads = {key: g.read for key, g in given.items()}
     if not len(hidden):
         return {name: hidden.new_zeros(0, dtype=torch.float32) for name in losses}
-    if whole or not all(_are_few(read, len(head.weight)) for read in reads.values()):
+    if whole or not all(_is_few(g, len(head.weight)) for g in given.values()):
         return _whole_rows(hidden, head, losses, targets, given, size)
+    reads = {key: g.read for key, g in given.items()}
     target, found = log_probs(
         hidden,
         head.weight,
@@ -293,9 +291,9 @@ def head_losses(
     return {name: loss(rows) for name, loss in losses.items()}
 
 
-def _are_few(read: Read | None, size: int) -> bool:
-    """Whether log-probabilities of all rows take far less memory than a chunk of logits."""
-    return read is not None and read.ids.shape[1] <= max(_FEW, size // 8)
+def _is_few(given: Given, size: int) -> bool:
+    """Whether it is about a few tokens a row, which take far less memory than the rows' logits."""
+    return given.ids is not None and given.cells is not None and given.ids.shape[1] <= max(_FEW, size // 8)
 
 
 def _whole_rows(hidden, head, losses, targets, given, size) -> dict[str, Tensor]:

@@ -386,6 +386,16 @@ def test_all_logits_are_never_made(whole):
         assert seen.elements <= chunk * v, f"a tensor of {seen.elements:,} elements in {sorted(seen.shapes)}"
 
 
+def test_cells_that_are_many_are_looked_at_chunk_by_chunk():
+    """With every token a cell the log-probabilities of all rows would be as large as all logits."""
+    n, v, chunk = 128, 640, 16
+    hidden, weight, bias, inputs = example(n=n, v=v, k=400)
+    with Largest() as seen:
+        total = mixed(head_losses(hidden, Head(weight, bias), row_losses(), chunk=chunk, whole=False, **inputs))
+        total.backward()
+    assert seen.elements <= chunk * v, f"a tensor of {seen.elements:,} elements in {sorted(seen.shapes)}"
+
+
 def test_a_graph_keeps_no_logits(whole):
     """What autograd holds between forward and backward: rows and weights, not the chunks' logits."""
     n, v = 256, 640
@@ -407,6 +417,13 @@ def test_the_default_chunk_fits_its_memory():
     assert Head(torch.zeros(2**20, 1)).chunk_rows() == 16
     assert Head(torch.zeros(2**18, 1)).chunk_rows() == 64
     assert Head(torch.zeros(2048, 1)).chunk_rows() == 8192
+
+
+def test_the_head_of_some_tokens():
+    hidden, weight, bias, _ = example()
+    ids = torch.tensor([4, 0, 30])
+    for head in (Head(weight, bias, 0.5, 3.0), Head(weight)):
+        torch.testing.assert_close(head.of(ids).logits(hidden), head.logits(hidden)[:, ids])
 
 
 def test_padded_rows_are_cut():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from kd_kit.cache import Cache
 from kd_kit.data import WindowSet
 from kd_kit.readings import Needs
-from kd_kit.signal_pieces import counts_of, join, kinds_of_rows
+from kd_kit.signal_pieces import counts_of, join, kinds_of_rows, widened
 from kd_kit.teacher import LiveTeacher
 from kd_kit.types import DistillBatch, TeacherSignal
 
@@ -32,6 +33,7 @@ class CachedTeacher(LiveTeacher):
         self.cache = cache
         self.windows = windows
         self._home = home
+        self._read_ahead: dict[int, TeacherSignal | Exception | None] = {}  # by the identity of a batch that lives
 
     @property
     def home(self) -> torch.device:
@@ -69,28 +71,53 @@ class CachedTeacher(LiveTeacher):
             out.append(f"routing scores {needs.routing_scores!r}")
         return out + [f"attention of layer {n}" for n in sorted(needs.teacher_attention)]
 
-    def signal(self, batch: DistillBatch) -> TeacherSignal:
-        """As :meth:`LiveTeacher.signal`."""
-        if not self._is_ours(batch):
+    def read_ahead(self, batch: DistillBatch) -> None:
+        """Read what :meth:`signal` will be asked about a batch; by the thread that fetches batches ahead.
+
+        What goes wrong is raised where it is asked. What was read is kept for as long as the batch itself.
+        """
+        try:
+            found = self._read(batch)
+        except Exception as error:
+            found = error
+        self._read_ahead[id(batch)] = found
+        weakref.finalize(batch, self._read_ahead.pop, id(batch), None).atexit = False
+
+    def signal(self, batch: DistillBatch, host: DistillBatch | None = None) -> TeacherSignal:
+        """As :meth:`LiveTeacher.signal`.
+
+        Raises:
+            ValueError: a shard that is not there, or cannot be read.
+        """
+        if id(host) in self._read_ahead:
+            read = self._read_ahead[id(host)]
+        else:
+            read = self._read(batch.to("cpu") if host is None else host)
+        if isinstance(read, Exception):
+            raise read
+        if read is None:
             return super().signal(batch)
-        here, target = batch.to("cpu"), batch.student_ids.device
-        windows, kinds = here.sample.tolist(), kinds_of_rows(self.needs)
-        wanted = counts_of(here)
-        if any(self.cache.counts(kind, windows) != wanted[kind].tolist() for kind in set(kinds.values())):
-            return super().signal(batch)  # held-out text that repeats a window of the training text, scored in part
-        signal = join(lambda name: self.cache.fetch(name, kinds[name], windows), here, self.needs)
-        if target.type == "cuda":
-            signal = signal.pin_memory()
-        return signal.to(target, non_blocking=True)
+        return widened(read.to(batch.student_ids.device, non_blocking=True))
+
+    def _read(self, host: DistillBatch) -> TeacherSignal | None:
+        """What the cache holds about a batch, as it is stored; None where it is about other text."""
+        if not self._is_ours(host):
+            return None
+        windows, kinds, counts = host.sample.tolist(), kinds_of_rows(self.needs), counts_of(host)
+        if any(self.cache.counts(kind, windows) != counts[kind].tolist() for kind in set(kinds.values())):
+            return None  # held-out text that repeats a window of the training text, scored in part
+        pinned = self._home.type == "cuda"
+        signal = join(lambda name: self.cache.fetch(name, kinds[name], windows, pinned=pinned), host, self.needs)
+        return signal.pin_memory() if pinned else signal  # what is pinned already stays where it is
 
     def _is_ours(self, batch: DistillBatch) -> bool:
-        """Whether these are windows of the training text, and not of another with the same numbers."""
+        """On the host: whether these are windows of the training text, and not of another with the same numbers."""
         samples = batch.sample.tolist()
         if max(samples) >= len(self.windows):
             return False
         both = [self.windows.ids(sample) for sample in samples]
         return all(
             torch.equal(given[row, : len(ids[side])], torch.from_numpy(ids[side]))
-            for side, given in enumerate((batch.student_ids.cpu(), batch.teacher_ids.cpu()))
+            for side, given in enumerate((batch.student_ids, batch.teacher_ids))
             for row, ids in enumerate(both)
         )

@@ -55,8 +55,15 @@ class LiveTeacher:
         """The same teacher, asked for something else."""
         return LiveTeacher(self.model, self.bridge, needs, more_experts=self.more_experts)
 
-    def signal(self, batch: DistillBatch) -> TeacherSignal:
-        """What the teacher knows about ``batch``, on the batch's device, without gradient."""
+    def read_ahead(self, batch: DistillBatch) -> None:
+        """A batch is on its way. For a teacher that reads; a live one waits until it is asked."""
+
+    def signal(self, batch: DistillBatch, host: DistillBatch | None = None) -> TeacherSignal:
+        """What the teacher knows about ``batch``, on the batch's device, without gradient.
+
+        Args:
+            host: the same batch as it was fetched, where it still is there: a teacher that reads knows it again.
+        """
         target = batch.student_ids.device
         needs = self.needs
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):

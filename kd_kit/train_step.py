@@ -65,7 +65,7 @@ def take_gradients(
     each = [[term.count(b) for b in batches] for term in terms]  # on the host, where they are made
     counts = [sum(of_term) for of_term in each]
     scales = [shares[t.name] / c if c else 0.0 for t, c in zip(terms, counts, strict=True)]
-    batches = [b.to(device, non_blocking=True) for b in batches]
+    hosts, batches = batches, [b.to(device, non_blocking=True) for b in batches]
     optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
     reading = next(iter(module.needs.readings), None)  # whose tail is recorded
     asked = teacher is not None and module.needs.teacher
@@ -74,7 +74,7 @@ def take_gradients(
     extras: dict[str, Tensor] = {}
     gradients: Tensor | None = None
     for number, batch in enumerate(batches):
-        signal = teacher.signal(batch) if asked else None
+        signal = teacher.signal(batch, hosts[number]) if asked else None
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
             total, part, measured = prepared(batch, signal, scales, measure and number == 0)

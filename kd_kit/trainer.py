@@ -522,12 +522,14 @@ class Trainer(Keeping, Steering, Recovery):
     def _new_feed(self, end: int) -> Iterator[tuple[int, DistillBatch]]:
         """Position and batch, in order, from the cursor to the end of the run."""
         count = (end - self.step) * self.settings["accumulation"]
+        whole = self.teacher is not None and self.micro_batch >= self.data.batch_size  # not taken in pieces
         batches = self.data.batches(
             self.settings["seed"],
             self.cursor.upcoming(count),
             workers=self.settings["workers"],
             on_trouble=lambda text, path: self._event("alarm", text + (f" (stacks: {path})" if path else "")),
             dump_folder=self.session.folder / "faults",
+            then=self.teacher.read_ahead if whole else None,
         )
         return zip(self.cursor.upcoming(count), batches, strict=True)
 

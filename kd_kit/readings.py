@@ -64,10 +64,14 @@ class BridgeReading:
         Shapes:
             probs: [n, U] float32
         """
-        carried = self.bridge.project_at(probs, where.depth, where.first, where.last)
+        carried = self.whole(probs, where)
         if self.sampled:
             return Cells(*sampled_cells(carried, self.top_k, where.place))
         return Cells(*top_k_cells(carried, self.top_k))
+
+    def whole(self, probs: Tensor, where: Where) -> Tensor:
+        """[n, V + 1] float32, what the cells are taken from: every token, and the mass that none of them has."""
+        return self.bridge.project_at(probs, where.depth, where.first, where.last)
 
 
 class StrictReading:
@@ -91,10 +95,13 @@ class StrictReading:
 
     def read(self, probs: Tensor, where: Where) -> Cells:
         """As :meth:`BridgeReading.read`; the tail holds what is shared and below the top K."""
+        return Cells(*top_k_cells(self.whole(probs, where), self.top_k))
+
+    def whole(self, probs: Tensor, where: Where) -> Tensor:
+        """As :meth:`BridgeReading.whole`, 0 for tokens that are not shared."""
         kept = self._bridge.project(probs)[:, :-1]
         kept = kept / kept.sum(-1, keepdim=True).clamp(min=1e-30)
-        none = kept.new_zeros(len(kept), 1)
-        return Cells(*top_k_cells(torch.cat([kept, none], dim=-1), self.top_k))
+        return torch.cat([kept, kept.new_zeros(len(kept), 1)], dim=-1)
 
 
 class SortedReading:
@@ -113,6 +120,10 @@ class SortedReading:
         """As :meth:`BridgeReading.read`; cells are ranks, so they have no ids."""
         log_probs, tail = sorted_cells(probs, self.top_k)
         return Cells(None, log_probs, tail)
+
+    def whole(self, probs: Tensor, where: Where) -> Tensor:
+        """As :meth:`BridgeReading.whole`, over the teacher's own tokens."""
+        return torch.cat([probs, probs.new_zeros(len(probs), 1)], dim=-1)
 
 
 Reading = BridgeReading | StrictReading | SortedReading

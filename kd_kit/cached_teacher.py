@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from kd_kit.data import WindowSet
 from kd_kit.readings import Needs
 from kd_kit.signal_pieces import counts_of, join, kinds_of_rows, widened
 from kd_kit.teacher import LiveTeacher
+from kd_kit.terms import LossTerm
 from kd_kit.types import DistillBatch, TeacherSignal
 
 
@@ -61,15 +64,21 @@ class CachedTeacher(LiveTeacher):
 
     def lacks(self, needs: Needs) -> list[str]:
         """What of ``needs`` the cache does not hold, in words."""
-        held = self.cache.manifest["made_of"]
-        out = [f"the reading {r.key!r}" for r in needs.readings if r.key not in held["readings"]]
-        out += ["final states"] if needs.row_states and not held["row_states"] else []
-        out += ["span likelihoods"] if needs.span_log_probs and not held["span_log_probs"] else []
-        out += [f"hidden states of layer {n}" for n in sorted(needs.teacher_states) if n not in held["states"]]
-        out += [f"routing of layer {n}" for n in sorted(needs.routing) if n not in held["routing"]]
-        if needs.routing and needs.routing_scores != held["routing_scores"]:
-            out.append(f"routing scores {needs.routing_scores!r}")
-        return out + [f"attention of layer {n}" for n in sorted(needs.teacher_attention)]
+        return lacks(self.cache.manifest["made_of"], needs)
+
+    def check_terms(self, terms: Sequence[LossTerm], where: str) -> None:
+        """As :meth:`LiveTeacher.check_terms`: the cache holds what they want, and is whole."""
+        if wants := unserved(self.cache.manifest["made_of"], terms):
+            raise ValueError(
+                f"{where}: expected terms that the cache in {str(self.cache.folder)!r} can serve, got {wants}; build "
+                "student and trainer again with these terms, then kd.build_cache(trainer, another_folder)"
+            )
+        self.cache.look()
+        if missing := self.cache.missing:
+            raise ValueError(
+                f"{where}: expected all {self.cache.count:,} shards in {str(self.cache.folder)!r}, got "
+                f"{len(missing):,} missing, shard {missing[0]} first; kd.build_cache(trainer) makes them again"
+            )
 
     def read_ahead(self, batch: DistillBatch) -> None:
         """Read what :meth:`signal` will be asked about a batch; by the thread that fetches batches ahead.
@@ -121,3 +130,26 @@ class CachedTeacher(LiveTeacher):
             for side, given in enumerate((batch.student_ids, batch.teacher_ids))
             for row, ids in enumerate(both)
         )
+
+
+def lacks(held: Mapping[str, Any], needs: Needs) -> list[str]:
+    """What of ``needs`` a cache does not hold, in words.
+
+    Args:
+        held: what it was made of, see :func:`kd_kit.caching.content`.
+    """
+    out = [f"the reading {r.key!r}" for r in needs.readings if r.key not in held["readings"]]
+    out += ["final states"] if needs.row_states and not held["row_states"] else []
+    out += ["span likelihoods"] if needs.span_log_probs and not held["span_log_probs"] else []
+    out += [f"hidden states of layer {n}" for n in sorted(needs.teacher_states) if n not in held["states"]]
+    out += [f"routing of layer {n}" for n in sorted(needs.routing) if n not in held["routing"]]
+    if needs.routing and needs.routing_scores != held["routing_scores"]:
+        out.append(f"routing scores {needs.routing_scores!r}")
+    return out + [f"attention of layer {n}" for n in sorted(needs.teacher_attention)]
+
+
+def unserved(held: Mapping[str, Any], terms: Sequence[LossTerm]) -> str:
+    """Which terms want what a cache does not hold, and what; empty if none does."""
+    scores = next((t.needs.routing_scores for t in terms if t.needs.routing_scores), None)  # one for all, see Needs
+    wants = ((term.name, lacks(held, replace(term.needs, routing_scores=scores))) for term in terms)
+    return "; ".join(f"{name}, which wants {', '.join(what)}" for name, what in wants if what)

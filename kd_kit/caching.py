@@ -1,7 +1,8 @@
 """Phase one of a run in two phases: the teacher reads the training text once, and what the terms need of it is kept.
 
 Several processes may make one cache: each claims a missing shard, makes it, and looks for the next. A shard holds the
-same windows in the same batches whoever makes it, so the result does not depend on who did. Phase two then costs about what training without a teacher costs, and the teacher is away from the card.
+same windows in the same batches whoever makes it, so the result does not depend on who did. Phase two then costs about
+what training without a teacher costs, and the teacher is away from the card.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from kd_kit.cache import FORMAT, MANIFEST, PER_SHARD, Cache, ids_type
 from kd_kit.cache_fidelity import Fidelity
-from kd_kit.cached_teacher import CachedTeacher
+from kd_kit.cached_teacher import CachedTeacher, unserved
 from kd_kit.kaggle_place import attached, room
 from kd_kit.session import StopRequests, check_writable, shown
 from kd_kit.shard_claims import Claims
@@ -103,6 +104,7 @@ def build_cache(
                         wake()
                         cache.manifest["fidelity"] = _fidelity(cache, trainer, live)
                         cache.write_manifest()
+                cache.clear_leftovers(claims)  # of processes that died since
         if cache.complete and getattr(teacher, "cache", None) is not cache:
             _use(cache, trainer, live, teacher.home)
     return cache
@@ -176,7 +178,7 @@ def _opened(place: Path, trainer, live, precision: str, per_shard: int, wake: Ca
     made_of = content(trainer, live)
     if (place / MANIFEST).exists():
         cache = Cache.open(place)
-        _refuse_other(cache, made_of | {"precision": precision})
+        _refuse_other(cache, made_of | {"precision": precision}, trainer.terms)
         return cache
     windows = trainer.data.train
     manifest = {
@@ -196,11 +198,13 @@ def _opened(place: Path, trainer, live, precision: str, per_shard: int, wake: Ca
     return cache
 
 
-def _refuse_other(cache: Cache, wanted: dict[str, Any]) -> None:
+def _refuse_other(cache: Cache, wanted: dict[str, Any], terms) -> None:
     held = cache.manifest["made_of"] | {"precision": cache.manifest["precision"]}
     other = [name for name in wanted if held.get(name) != wanted[name]]
     if other:
         shows = "; ".join(f"{name}: {_short(held.get(name))} there, {_short(wanted[name])} here" for name in other)
+        if wants := unserved(held, terms):
+            shows += f"; not there for {wants}"
         raise ValueError(
             f"build_cache: expected a cache of this run's content in {str(cache.folder)!r}, got another one ({shows}); "
             "give another folder=, or delete that one"

@@ -55,6 +55,13 @@ class LiveTeacher:
         """The same teacher, asked for something else."""
         return LiveTeacher(self.model, self.bridge, needs, more_experts=self.more_experts)
 
+    def check_terms(self, terms, where: str) -> None:
+        """Raise where terms want what it cannot say. A live one can say everything.
+
+        Raises:
+            ValueError: names the term, and what is missing; begins with ``where``.
+        """
+
     def read_ahead(self, batch: DistillBatch) -> None:
         """A batch is on its way. For a teacher that reads; a live one waits until it is asked."""
 

@@ -226,6 +226,8 @@ class Trainer(Keeping, Steering, Recovery):
                         f"Trainer.fit: expected a run at rest in {str(self.session.folder)!r}, got another trainer "
                         "that trains there in the background; trainer.stop() and trainer.wait() on that one"
                     )
+                if self.teacher is not None:
+                    self.teacher.check_terms(self.terms, "Trainer.fit")
                 self._loop = threading.current_thread()
                 _RUNNING[self._address] = self
                 place = self.session.place()
@@ -332,6 +334,8 @@ class Trainer(Keeping, Steering, Recovery):
                 "Trainer: expected the weights of the last step, got the best ones, which load_best() put in their "
                 "place; build student and trainer again"
             )
+        if self.teacher is not None:
+            self.teacher.check_terms(terms, "change_terms")
         before = self.terms, self.teacher, run_config(self)
         self.terms = tuple(terms)
         if self.teacher is not None:

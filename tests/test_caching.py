@@ -29,7 +29,6 @@ from kd_kit.cache import Cache
 from kd_kit.cached_teacher import CachedTeacher
 from kd_kit.readings import Needs
 from kd_kit.teacher import LiveTeacher
-from kd_kit.trainer_builder import change_terms
 
 TERMS = {
     "bridge": lambda: kd_term(0.5, top_k=16),
@@ -273,14 +272,6 @@ def test_an_evaluation_of_a_cached_run_is_that_of_a_live_one(tmp_path):
     assert reports[0] == reports[1]
 
 
-def test_terms_that_the_cache_lacks_are_refused_in_a_change(tmp_path):
-    trainer = trainer_at(tmp_path, "bridge")
-    build_cache(trainer)
-    with pytest.raises(ValueError, match="can serve, got some that want the reading 'bridge taught top 32'"):
-        change_terms(trainer, [lm_term(0.5), kd_term(0.5, top_k=32)])
-    assert change_terms(trainer, [lm_term(0.5), kd_term(0.9, top_k=16)])
-
-
 def test_states_beyond_float16_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     signal = LiveTeacher.signal
 
@@ -331,16 +322,6 @@ def test_a_resting_teacher_is_woken_for_what_only_the_model_can_say(tmp_path):
     finally:
         hook.remove()
     assert asleep == []
-
-
-def test_a_missing_shard_is_said_by_name(tmp_path):
-    trainer = trainer_at(tmp_path, "bridge")
-    cache = build_cache(trainer, per_shard=2)
-    cache.shards[0].unlink()
-    opened = Cache.open(cache.folder)
-    assert opened.missing == [0]
-    with pytest.raises(ValueError, match="expected shard 0 of"):
-        opened.fetch("bridge taught top 16/ids", "taught", [0])
 
 
 def test_the_report_says_size_and_truth(tmp_path):

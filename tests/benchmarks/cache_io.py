@@ -9,7 +9,7 @@ layers of 32 experts). The files are in the memory of the machine, as those of a
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import shutil
 import statistics
 import tempfile
@@ -17,18 +17,17 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import measure
 import numpy as np
 import torch
+from measure import Target, alternate, ratio, save
 
 from kd_kit import loading
 from kd_kit.cache import FORMAT, Cache
-from kd_kit.cached_teacher import CachedTeacher
 from kd_kit.readings import Needs
-from kd_kit.teacher import LiveTeacher
 from kd_kit.types import DistillBatch
 
 VOCABULARY, K, WINDOW, WINDOWS, PER_SHARD = 49_152, 64, 512, 256, 64
+STEPS = 6
 STEP = 0.1
 """Seconds of a step of 4,096 tokens on a card."""
 
@@ -119,3 +118,92 @@ def made_up(folder: Path, needs: Needs) -> Cache:
                 pieces.setdefault(name, []).append(rows)
         cache.write(number, pieces, {kind: [n] * count for kind in ("taught", "aligned", "same", "spans")})
     return cache
+
+
+def plain_reader(cache: Cache, folder: Path, windows: Windows):
+    """Copies as many bytes per window, in the same order of windows, out of one mapped file."""
+    size = cache.size // WINDOWS
+    np.random.default_rng(0).integers(0, 255, WINDOWS * size, dtype=np.uint8).tofile(folder / "plain")
+    mapped = np.memmap(folder / "plain", dtype=np.uint8, mode="r")
+
+    def read(samples) -> np.ndarray:
+        out = np.empty(len(samples) * size, np.uint8)
+        for n, sample in enumerate(samples):
+            out[n * size : (n + 1) * size] = mapped[sample * size : (sample + 1) * size]
+        return out
+
+    return read
+
+
+def feed(windows: Windows, then=None):
+    return loading.batches(windows, 0, itertools.count(), then=then)
+
+
+def steps(batches, device: torch.device, teacher: CachedTeacher | None) -> None:
+    """A few steps: a batch, what the teacher says of it, and the time that the card would take."""
+    for host in itertools.islice(batches, STEPS):
+        batch = host.to(device, non_blocking=True)
+        if teacher is not None:
+            teacher.signal(batch, host)
+        time.sleep(STEP)
+
+
+def measured(name: str, needs: Needs, folder: Path) -> tuple[dict, Target]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made = made_up(folder / "cache", needs)
+    cache = Cache(made.folder, made.manifest)
+    windows = Windows(WINDOWS, 8)
+    live = LiveTeacher(torch.nn.Linear(1, 1), None, needs)
+    teacher = CachedTeacher(live, cache, windows, home=device)
+    plain = plain_reader(cache, folder, windows)
+    turn = itertools.count()
+
+    def some():
+        return [windows.collate(windows.indices(1, next(turn))) for _ in range(STEPS)]
+
+    todo = {"plain": some(), "read": some(), "asked": some()}
+    ahead, alone = feed(windows, teacher.read_ahead), feed(windows)
+    times = alternate(
+        {
+            "plain": lambda: [plain(b.sample.tolist()) for b in todo["plain"]],
+            "read": lambda: [teacher._read(b) for b in todo["read"]],
+            "asked": lambda: [teacher.signal(b.to(device), b) for b in todo["asked"]],
+            "steps alone": lambda: steps(alone, device, None),
+            "steps from the cache": lambda: steps(ahead, device, teacher),
+        }
+    )
+    each = {what: statistics.median(seconds) / STEPS for what, seconds in times.items()}
+    size = 8 * cache.size / WINDOWS
+    cost = ratio(times, "steps from the cache", "steps alone")
+    row = {
+        "content": name,
+        "MB per batch": size / 1e6,
+        "plain memory map, ms": 1e3 * each["plain"],
+        "read, ms": 1e3 * each["read"],
+        "GB/s": size / each["read"] / 1e9,
+        "tokens/s": 8 * WINDOW / each["read"],
+        "read and widened where it is asked, ms": 1e3 * each["asked"],
+        "step of 100 ms, read ahead": cost,
+    }
+    return row, Target(f"{name}: step that reads / step that does not", cost, 1.03)
+
+
+def main() -> None:
+    found = []
+    for name, needs in CONTENTS.items():
+        folder = Path(tempfile.mkdtemp())
+        try:
+            found.append(measured(name, needs, folder))
+        finally:
+            shutil.rmtree(folder)
+    save(
+        "cache_io",
+        [row for row, _ in found],
+        [target for _, target in found],
+        "Batches of 8 windows of 512 positions out of 256 windows in four shards, in the machine's memory. A step is a "
+        "pause of 100 ms, as of a host that waits for its card; on the processor reading and computing share the cores.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -109,7 +109,7 @@ class CachedTeacher(LiveTeacher):
         return widened(read.to(batch.student_ids.device, non_blocking=True))
 
     def _read(self, host: DistillBatch) -> TeacherSignal | None:
-        """What the cache holds about a batch, as it is stored; None where it is about other text."""
+        """What the cache holds about a batch, on the host; None where it is about other text."""
         if not self._is_ours(host):
             return None
         windows, kinds, counts = host.sample.tolist(), kinds_of_rows(self.needs), counts_of(host)
@@ -117,7 +117,8 @@ class CachedTeacher(LiveTeacher):
             return None  # held-out text that repeats a window of the training text, scored in part
         pinned = self._home.type == "cuda"
         signal = join(lambda name: self.cache.fetch(name, kinds[name], windows, pinned=pinned), host, self.needs)
-        return signal.pin_memory() if pinned else signal  # what is pinned already stays where it is
+        # what goes to a card goes there as small as it is stored; what is pinned already stays where it is
+        return signal.pin_memory() if pinned else widened(signal)
 
     def _is_ours(self, batch: DistillBatch) -> bool:
         """On the host: whether these are windows of the training text, and not of another with the same numbers."""

@@ -79,7 +79,7 @@ def join(fetch: Callable[[str], Tensor | None], batch: DistillBatch, needs: Need
 
 
 def widened(signal: TeacherSignal) -> TeacherSignal:
-    """The types that terms compute in, where they compute: what goes to a card is half as large before."""
+    """In the types that terms compute in: int64 and float32. Where it is already, the same tensors."""
 
     def wide(tensor: Tensor) -> Tensor:
         if tensor.dtype == torch.uint16:

@@ -23,7 +23,9 @@ from measure import Target, alternate, ratio, save
 
 from kd_kit import loading
 from kd_kit.cache import FORMAT, Cache
+from kd_kit.cached_teacher import CachedTeacher
 from kd_kit.readings import Needs
+from kd_kit.teacher import LiveTeacher
 from kd_kit.types import DistillBatch
 
 VOCABULARY, K, WINDOW, WINDOWS, PER_SHARD = 49_152, 64, 512, 256, 64
@@ -201,7 +203,8 @@ def main() -> None:
         [row for row, _ in found],
         [target for _, target in found],
         "Batches of 8 windows of 512 positions out of 256 windows in four shards, in the machine's memory. A step is a "
-        "pause of 100 ms, as of a host that waits for its card; on the processor reading and computing share the cores.",
+        "pause of 100 ms, like that of a host that waits for its card; on a processor, reading and "
+        "computing share the cores.",
     )
 
 

@@ -115,7 +115,7 @@ class CachedTeacher(LiveTeacher):
         windows, kinds, counts = host.sample.tolist(), kinds_of_rows(self.needs), counts_of(host)
         if any(self.cache.counts(kind, windows) != counts[kind].tolist() for kind in set(kinds.values())):
             return None  # held-out text that repeats a window of the training text, scored in part
-        pinned = self._home.type == "cuda"
+        pinned = torch.cuda.is_available()  # as the batches themselves are
         signal = join(lambda name: self.cache.fetch(name, kinds[name], windows, pinned=pinned), host, self.needs)
         # what goes to a card goes there as small as it is stored; what is pinned already stays where it is
         return signal.pin_memory() if pinned else widened(signal)

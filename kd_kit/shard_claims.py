@@ -18,8 +18,9 @@ from kd_kit.run_lock import fcntl  # None where the system has none
 class Claims:
     """The claims of this process in a folder; all are given up at the end of the ``with`` block.
 
-    They keep processes apart, not threads of one, and are gone when anything in the process closes the file. Where there are no such locks (Windows, some network drives) every
-    claim is granted, and :attr:`certain` is False: then only one process may work there at a time.
+    They keep processes apart, not threads of one, and are gone when anything in the process closes the file. Where
+    there are no such locks (Windows, some network drives) every claim is granted, and :attr:`certain` is False: then
+    only one process may work there at a time.
 
     Attributes:
         certain: nobody else has what is claimed.

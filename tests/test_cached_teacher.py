@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ def test_what_was_read_ahead_is_of_its_batch_alone(tmp_path):
         assert ahead[name].dtype == torch.float32
         assert torch.equal(ahead[name], asked[name]), name
     assert not torch.equal(teacher.signal(other, other).span_log_probs, ahead["span_log_probs"])
+    assert teacher._read(replace(one, teacher_ids=one.teacher_ids + 1)) is None, "another text of the same lengths"
     held_out = trainer.data.held_out.collate([0, 1])  # windows of the same numbers, and other text
     teacher.read_ahead(held_out)
     for name, tensor in flat(live_of(trainer).signal(held_out)).items():

@@ -158,7 +158,9 @@ class Cache:
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A piece as it is written: ids as narrow as the student's vocabulary allows, numbers in the precision."""
         if name.endswith("/ids"):
-            return tensor.detach().cpu().to(getattr(torch, self.manifest["ids"]))
+            ids = tensor.detach().cpu().to(getattr(torch, self.manifest["ids"]))
+            # every safetensors knows signed numbers of two bytes, not every one the unsigned ones
+            return ids.view(torch.int16) if ids.dtype == torch.uint16 else ids
         tensor = tensor.detach().cpu().float()
         if self.manifest["precision"] == "full":
             return tensor

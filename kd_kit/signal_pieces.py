@@ -82,8 +82,8 @@ def widened(signal: TeacherSignal) -> TeacherSignal:
     """In the types that terms compute in: int64 and float32. Where it is already, the same tensors."""
 
     def wide(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.uint16:
-            return tensor.view(torch.int16).long() & 0xFFFF  # every device knows how
+        if tensor.dtype == torch.int16:
+            return tensor.long() & 0xFFFF  # the bits of an unsigned number, see Cache.stored
         return tensor.float() if tensor.is_floating_point() else tensor.long()
 
     return signal.mapped(wide)

@@ -112,7 +112,7 @@ def made_up(folder: Path, needs: Needs) -> Cache:
         count = len(cache.windows_of(number))
         pieces: dict[str, list[torch.Tensor]] = {}
         for _ in range(count):
-            ids = torch.randint(0, VOCABULARY, (n, K), generator=generator).to(torch.uint16)
+            ids = torch.randint(0, VOCABULARY, (n, K), generator=generator).to(torch.uint16).view(torch.int16)
             found = {f"{READING.key}/ids": ids, f"{READING.key}/log_probs": some(K), f"{READING.key}/tail": some()}
             found |= {"span_log_probs": some()} if needs.span_log_probs else {}
             found |= {f"states/{layer}": some(WIDTH) for layer in sorted(needs.teacher_states)}

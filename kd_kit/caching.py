@@ -1,6 +1,8 @@
 """Phase one of a run in two phases: the teacher reads the training text once, and what the terms need of it is kept.
 
-Phase two then costs about what training without a teacher costs, and the teacher is away from the card.
+Several processes may make one cache: each claims a missing shard, makes it, and looks for the next. A shard holds the
+same windows in the same batches whoever makes it, so the result does not depend on who did. Phase two then costs about
+what training without a teacher costs, and the teacher is away from the card.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -17,10 +20,12 @@ from typing import Any
 
 import torch
 
-from kd_kit.cache import FORMAT, MANIFEST, PER_SHARD, Cache
-from kd_kit.cached_teacher import CachedTeacher
+from kd_kit.cache import FORMAT, MANIFEST, PER_SHARD, Cache, ids_type
+from kd_kit.cache_fidelity import Fidelity
+from kd_kit.cached_teacher import CachedTeacher, unserved
 from kd_kit.kaggle_place import attached, room
 from kd_kit.session import StopRequests, check_writable, shown
+from kd_kit.shard_claims import Claims
 from kd_kit.signal_pieces import counts_of, cut
 from kd_kit.table import short, span
 from kd_kit.teacher import LiveTeacher
@@ -31,6 +36,9 @@ _SAMPLE = 8
 
 _LINES = 30.0
 """Seconds between two lines of progress."""
+
+_PAUSE = 0.5
+"""Seconds between two looks at what other processes are making."""
 
 _SPARE = 8
 """Times the size of a checkpoint that stays free beside a cache: those that a run and its control keep."""
@@ -45,11 +53,18 @@ def build_cache(
     again at any time: it goes on after the last whole shard, also after a kill, and shards that an attached input holds
     are copied. When it is complete the trainer reads it instead of asking the teacher, whose weights leave the card.
 
+    Several processes that give one ``folder``, each with a trainer of a run of its own and the same batch size, share
+    the work: they take shards in turn, those of a killed one are taken over, and each returns when all is there. For
+    two cards, start the same script twice with ``CUDA_VISIBLE_DEVICES=0`` and ``=1`` and another run name each.
+
+    A finished cache is compared with the live teacher on a few windows, see :mod:`kd_kit.cache_fidelity`: how far what
+    is read back is from what a live run would train on now, and by K, what fewer cells would leave unsaid.
+
     Args:
         trainer: whose data, teacher and terms it is for.
         folder: where it is kept; ``cache`` in the run's folder if left out.
         precision: "half" (float16, ids of two bytes where they fit) or "full" (float32).
-        per_shard: windows of a shard; 256, fewer of a small text.
+        per_shard: windows of a shard of a new cache; 256, fewer of a small text.
 
     Returns:
         the cache; ``complete`` is False where the session's time was over, or Interrupt was pressed, before its end.
@@ -66,20 +81,30 @@ def build_cache(
     place = Path(folder) if folder is not None else trainer.session.folder / "cache"
     check_writable(place)
     per_shard = per_shard or min(PER_SHARD, max(16, len(windows) // 16))
-    with trainer._locked(), StopRequests() as requests:
+    with trainer._locked(), StopRequests() as requests, Claims(place) as claims:
         with contextlib.ExitStack() as model:  # is fetched back to its card only if it is asked anything
-            cache = _opened(place, trainer, live, precision, per_shard, lambda: model.enter_context(teacher.awake()))
-            cache.clear_leftovers()
-            if damaged := cache.drop_damaged():
+
+            def wake() -> None:
+                model.enter_context(teacher.awake())
+
+            with claims.folder():  # of several that begin a cache at once, one does
+                cache = _opened(place, trainer, live, precision, per_shard, wake)
+            cache.clear_leftovers(claims)
+            if not claims.certain:
+                print(f"cache: no locks in {shown(place)}: let one process at a time work on this cache")
+            if damaged := cache.drop_damaged(claims):
                 print(f"cache: damaged, deleted and made again: {', '.join(damaged)}")
-            _take_attached(cache)
+            _take_attached(cache, claims)
             if not cache.complete:
-                model.enter_context(teacher.awake())
-                _build(cache, trainer, live, requests)
-            if cache.complete and cache.manifest["fidelity"] is None:
-                model.enter_context(teacher.awake())
-                cache.manifest["fidelity"] = _fidelity(cache, trainer, live)
-                cache.write_manifest()
+                wake()
+                _build(cache, claims, trainer, live, requests)
+            if cache.complete:
+                with claims.folder():
+                    if cache.said_again()["fidelity"] is None:
+                        wake()
+                        cache.manifest["fidelity"] = _fidelity(cache, trainer, live)
+                        cache.write_manifest()
+                cache.clear_leftovers(claims)  # of processes that died since
         if cache.complete and getattr(teacher, "cache", None) is not cache:
             _use(cache, trainer, live, teacher.home)
     return cache
@@ -153,14 +178,14 @@ def _opened(place: Path, trainer, live, precision: str, per_shard: int, wake: Ca
     made_of = content(trainer, live)
     if (place / MANIFEST).exists():
         cache = Cache.open(place)
-        _refuse_other(cache, made_of | {"precision": precision})
+        _refuse_other(cache, made_of | {"precision": precision}, trainer.terms)
         return cache
     windows = trainer.data.train
     manifest = {
         "format": FORMAT,
         "made_of": made_of,
         "precision": precision,
-        "ids": "uint16" if trainer.data.pair.student_vocab.size <= 2**16 else "int32",
+        "ids": ids_type(trainer.data.pair.student_vocab.size),
         "windows": len(windows),
         "per_shard": per_shard,
         "tokens": sum(len(windows.ids(n)[0]) for n in range(len(windows))),
@@ -173,11 +198,13 @@ def _opened(place: Path, trainer, live, precision: str, per_shard: int, wake: Ca
     return cache
 
 
-def _refuse_other(cache: Cache, wanted: dict[str, Any]) -> None:
+def _refuse_other(cache: Cache, wanted: dict[str, Any], terms) -> None:
     held = cache.manifest["made_of"] | {"precision": cache.manifest["precision"]}
     other = [name for name in wanted if held.get(name) != wanted[name]]
     if other:
         shows = "; ".join(f"{name}: {_short(held.get(name))} there, {_short(wanted[name])} here" for name in other)
+        if wants := unserved(held, terms):
+            shows += f"; not there for {wants}"
         raise ValueError(
             f"build_cache: expected a cache of this run's content in {str(cache.folder)!r}, got another one ({shows}); "
             "give another folder=, or delete that one"
@@ -221,7 +248,7 @@ def _forecast(cache: Cache, trainer, live) -> dict[str, float]:
     return {name: round(size, 1) for name, size in each.items()}
 
 
-def _take_attached(cache: Cache) -> None:
+def _take_attached(cache: Cache, claims: Claims) -> None:
     """Shards of the same content that an input holds, as the output of an earlier session."""
     for folder in attached(MANIFEST):
         if cache.complete or folder.resolve() == cache.folder.resolve():
@@ -232,56 +259,96 @@ def _take_attached(cache: Cache) -> None:
             held = other.manifest["made_of"] | {key: other.manifest[key] for key in ("precision", "per_shard")}
             if differs := [name for name in wanted if held.get(name) != wanted[name]]:
                 print(f"cache: the one in {folder} has another content ({', '.join(differs)}) and is not used")
-            elif taken := cache.take_from(other):
+            elif taken := cache.take_from(other, claims):
                 print(f"cache: {taken:,} shards copied from {folder}")
-                cache.manifest["fidelity"] = cache.manifest["fidelity"] or other.manifest.get("fidelity")
-                cache.write_manifest()
+                with claims.folder():
+                    if cache.said_again()["fidelity"] is None:
+                        cache.manifest["fidelity"] = other.manifest["fidelity"]
+                        cache.write_manifest()
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
 
 
-def _build(cache: Cache, trainer, live, requests: StopRequests) -> None:
-    """Make the missing shards, one after the other, for as long as the session lasts."""
-    session, longest, done = trainer.session, 0.0, 0
+def _build(cache: Cache, claims: Claims, trainer, live, requests: StopRequests) -> None:
+    """Make missing shards until all are there, whoever makes them, or the session is over."""
+    session, longest = trainer.session, 0.0
     begun = told = session.now()
-    todo = cache.missing
-    whole = sum(len(cache.windows_of(number)) for number in todo)
-    for number in todo:
+    before = cache.windows_there
+
+    def over() -> str | None:
         if requests.reason is not None:
-            print(f"cache: {requests.reason}; {len(cache.shards):,} of {cache.count:,} shards are there, call it again")
-            return
+            return f"{requests.reason}; {len(cache.shards):,} of {cache.count:,} shards are there, call it again"
         if session.remaining() < 1.5 * longest + trainer._margin():
-            print(
-                f"cache: the session's time is nearly over; {len(cache.shards):,} of {cache.count:,} shards are there. "
+            return (
+                f"the session's time is nearly over; {len(cache.shards):,} of {cache.count:,} shards are there. "
                 "Run the notebook again, with this output as its input"
             )
-            return
-        started = session.now()
-        inside = list(cache.windows_of(number))
-        pieces: dict[str, list] = {}
-        counts: dict[str, list[int]] = {}
-        found: dict[int, tuple[dict, dict]] = {}
-        for batch, signal in _signals(trainer, live, inside):
-            parts, each = cut(signal, batch, live.needs), counts_of(batch)
-            for row, window in enumerate(batch.sample.tolist()):
-                of_window = {name: cache.stored(name, rows[row]) for name, rows in parts.items()}
-                found[window] = of_window, {kind: int(n[row]) for kind, n in each.items()}
-        for window in inside:
-            for name, rows in found[window][0].items():
-                pieces.setdefault(name, []).append(rows)
-            for kind, n in found[window][1].items():
-                counts.setdefault(kind, []).append(n)
-        cache.write(number, pieces, counts)
-        done += len(inside)
-        longest = max(longest, session.now() - started)
-        if session.now() - told > _LINES or number == todo[-1]:
+        return None
+
+    for number in _claimed(cache, claims, over):
+        if number is not None:
+            started = session.now()
+            cache.write(number, *_shard(cache, trainer, live, list(cache.windows_of(number))))
+            longest = max(longest, session.now() - started)
+        if session.now() - told > _LINES or cache.complete:
             told = session.now()
-            pace = (told - begun) / done
+            done = cache.windows_there - before
+            pace = f"{short(done / (told - begun))} windows/s" if told > begun else ""
+            to_go = (told - begun) * (cache.manifest["windows"] - cache.windows_there) / max(done, 1)
+            waits = ", waiting for those that other processes make" if number is None and not cache.complete else ""
             print(
-                f"cache: {len(cache.shards):,} of {cache.count:,} shards, {short(1 / pace)} windows/s, about "
-                f"{span(pace * (whole - done))} to go"
+                f"cache: {len(cache.shards):,} of {cache.count:,} shards, {pace}, "
+                + (f"about {span(to_go)} to go{waits}" if done else f"none of them new{waits}")
             )
+    if not cache.complete:
+        print(f"cache: {over()}")
+
+
+def _claimed(cache: Cache, claims: Claims, over: Callable[[], str | None]) -> Iterator[int | None]:
+    """One missing shard after the other, this process's alone for its turn; None where others have all that are left.
+
+    Those of a process that dies are free again. Ends when none is missing, or it is ``over``.
+    """
+    while True:
+        cache.look()
+        waits = True
+        for number in cache.missing:
+            if over():
+                return
+            with claims.shard(number) as mine:
+                if not mine:
+                    continue
+                cache.look()  # it may have been made between the look and the claim
+                waits = False
+                if number not in cache.shards:
+                    yield number
+        if cache.complete:
+            return
+        if waits:
+            if over():
+                return
+            time.sleep(_PAUSE)
+            cache.look()
+            yield None
+
+
+def _shard(cache: Cache, trainer, live, windows: list[int]) -> tuple[dict[str, list], dict[str, list[int]]]:
+    """What :meth:`Cache.write` wants of these windows."""
+    pieces: dict[str, list] = {}
+    counts: dict[str, list[int]] = {}
+    found: dict[int, tuple[dict, dict]] = {}
+    for batch, signal in _signals(trainer, live, windows):
+        parts, each = cut(signal, batch, live.needs), counts_of(batch)
+        for row, window in enumerate(batch.sample.tolist()):
+            of_window = {name: cache.stored(name, rows[row]) for name, rows in parts.items()}
+            found[window] = of_window, {kind: int(n[row]) for kind, n in each.items()}
+    for window in windows:
+        for name, rows in found[window][0].items():
+            pieces.setdefault(name, []).append(rows)
+        for kind, n in found[window][1].items():
+            counts.setdefault(kind, []).append(n)
+    return pieces, counts
 
 
 def _signals(trainer, live, windows: list[int]) -> Iterator[tuple[DistillBatch, TeacherSignal]]:
@@ -309,27 +376,13 @@ def _spread(count: int) -> list[int]:
 # --- after ------------------------------------------------------------------------------------------------------------
 
 
-def _fidelity(cache: Cache, trainer, live) -> dict[str, str]:
-    """How far the stored targets are from what the live teacher says, on a few windows, in words."""
-    sums: dict[str, list[float]] = {}
+def _fidelity(cache: Cache, trainer, live) -> dict[str, Any]:
+    """How far the stored targets are from what the live teacher says, on a few windows."""
+    fidelity = Fidelity(live)
     cached = CachedTeacher(live, cache, trainer.data.train, home=live.device)
-    for batch, truth in _signals(trainer, live, _spread(len(trainer.data.train))):
-        told = cached.signal(batch)
-        for key, cells in truth.cells.items():
-            sums.setdefault(f"KL in nats, {key}", []).append(_divergence(cells, told.cells[key]))
-        for layer, states in truth.states.items():
-            gap = 1 - torch.cosine_similarity(states, told.states[layer], dim=-1)
-            sums.setdefault(f"1 - cos, states of layer {layer}", []).append(float(gap.clamp(min=0).mean()))
-    return {name: f"{sum(values) / len(values):.1e}" for name, values in sums.items()}
-
-
-def _divergence(truth, told) -> float:
-    """Mean KL(live || stored) over cells and tail, the stored ones renormalised, in nats per position."""
-    ours = torch.cat([truth.log_probs, truth.tail[:, None]], dim=-1).double()
-    theirs = torch.cat([told.log_probs, told.tail[:, None]], dim=-1).double()
-    theirs = theirs - theirs.logsumexp(-1, keepdim=True)
-    terms = ours.exp() * (ours - theirs)
-    return float(torch.where(ours.isfinite() & (ours.exp() > 0), terms, 0.0).sum(-1).mean())
+    for batch, truth in _signals(trainer, fidelity.teacher, _spread(len(trainer.data.train))):
+        fidelity.add(batch, truth, cached.signal(batch))
+    return fidelity.found
 
 
 def _use(cache: Cache, trainer, live, home: torch.device) -> None:

@@ -308,10 +308,18 @@ class DistillData:
         timeout: float = 300.0,
         on_trouble: Callable[[str, Path | None], None] | None = None,
         dump_folder: Path | None = None,
+        then: Callable[[DistillBatch], object] | None = None,
     ) -> Iterator[DistillBatch]:
         """The batches at these positions, in order, fetched ahead; see :func:`kd_kit.loading.batches`."""
         return loading.batches(
-            self, seed, positions, workers=workers, timeout=timeout, on_trouble=on_trouble, dump_folder=dump_folder
+            self,
+            seed,
+            positions,
+            workers=workers,
+            timeout=timeout,
+            on_trouble=on_trouble,
+            dump_folder=dump_folder,
+            then=then,
         )
 
     @property

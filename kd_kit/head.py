@@ -24,7 +24,7 @@ from kd_kit.reduce import chunks
 from kd_kit.types import OnDevice
 
 CHUNK_BYTES = 64 * 2**20
-"""Memory for one chunk of float32 logits, on a card a 64th of it. Whole rows of logits take about four times that."""
+"""Of one chunk of float32 logits on a processor, see :func:`chunk_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,17 @@ class Head:
 
     def chunk_rows(self) -> int:
         """How many rows of float32 logits fit in the memory for a chunk."""
-        device, budget = self.weight.device, CHUNK_BYTES
-        if device.type == "cuda":  # a product with few rows is slower there: 256 MiB of 16 GiB
-            budget = max(budget, torch.cuda.get_device_properties(device).total_memory // 64)
-        return max(16, budget // (4 * self.weight.shape[0]))
+        return max(16, chunk_bytes(self.weight.device) // (4 * self.weight.shape[0]))
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Memory for one chunk of float32 logits. Whole rows of logits take about four times that, one softmax about twice.
+
+    On a card a 64th of its memory, 256 MiB of 16 GiB: a product with few rows is slow there.
+    """
+    if device.type == "cuda":
+        return max(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
+    return CHUNK_BYTES
 
 
 def head_of(model: nn.Module) -> Head:

@@ -61,6 +61,7 @@ def batches(
     timeout: float = 300.0,
     on_trouble: Callable[[str, Path | None], None] | None = None,
     dump_folder: Path | None = None,
+    then: Callable[[DistillBatch], object] | None = None,
 ) -> Iterator[DistillBatch]:
     """The batches at these positions, in order, fetched ahead of their use.
 
@@ -74,6 +75,7 @@ def batches(
         on_trouble: told when the workers are given up, with the path of the stacks that were written down; a warning if
             left out.
         dump_folder: where the stacks of all threads and workers go then, as ``loader-<n>.txt``; nowhere if left out.
+        then: given every batch, in the thread that fetches ahead, as soon as it is there; counts as part of fetching.
 
     Raises:
         ValueError: a negative number of workers, or a timeout that is not positive.
@@ -86,19 +88,19 @@ def batches(
         raise ValueError(
             f"DistillData.batches: expected timeout= in seconds, above 0, got {timeout!r}; float('inf') waits forever"
         )
-    return _batches(data, seed, iter(positions), workers, float(timeout), on_trouble, dump_folder)
+    return _batches(data, seed, iter(positions), workers, float(timeout), on_trouble, dump_folder, then)
 
 
-def _batches(data, seed, positions, workers, timeout, on_trouble, dump_folder) -> Iterator[DistillBatch]:
+def _batches(data, seed, positions, workers, timeout, on_trouble, dump_folder, then) -> Iterator[DistillBatch]:
     def here() -> _Source:
-        return _Source(lambda position: _make(data, seed, position), _AHEAD)
+        return _Source(lambda position: _make(data, seed, position), _AHEAD, then=then)
 
     asked: deque[int] = deque()  # positions under way
     source = None
     if workers:
         try:
             maker = _Workers(data, seed, workers, stacks=dump_folder is not None)
-            source = _Source(maker.fetch, _AHEAD * workers, maker)
+            source = _Source(maker.fetch, _AHEAD * workers, maker, then)
         except OSError as error:  # no memory for another process, or too many of them
             _say(f"{workers} workers could not be started: {error}; batches are made without them", None, on_trouble)
     source = source or here()
@@ -164,14 +166,20 @@ class _Trouble(Exception):
 class _Source:
     """A thread that fetches what it is asked for, in order, so that whoever waits for it can stop waiting."""
 
-    def __init__(self, fetch: Callable[[int], DistillBatch], ahead: int, maker: _Workers | None = None):
+    def __init__(
+        self,
+        fetch: Callable[[int], DistillBatch],
+        ahead: int,
+        maker: _Workers | None = None,
+        then: Callable[[DistillBatch], object] | None = None,
+    ):
         self.ahead, self.maker = ahead, maker
         self._wanted: queue.SimpleQueue = queue.SimpleQueue()
         self._made: queue.SimpleQueue = queue.SimpleQueue()
         # page-locked memory belongs to a device, and the thread has to be told which one is this process's
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(
-            target=_serve, args=(fetch, self._wanted, self._made, device), name="kd_kit batches", daemon=True
+            target=_serve, args=(fetch, self._wanted, self._made, device, then), name="kd_kit batches", daemon=True
         )
         self._thread.start()
 
@@ -208,14 +216,18 @@ class _Source:
             self.maker.close()
 
 
-def _serve(fetch, wanted: queue.SimpleQueue, made: queue.SimpleQueue, device: int | None) -> None:
+def _serve(fetch, wanted: queue.SimpleQueue, made: queue.SimpleQueue, device: int | None, then) -> None:
     """The thread's work, up to a None or the first error; it knows nothing of the iterator, which may be forgotten."""
     try:
         if device is not None:
             torch.cuda.set_device(device)
         while (position := wanted.get()) is not None:
             batch = fetch(position)
-            made.put((batch if device is None else batch.pin_memory(), None))
+            if device is not None:
+                batch = batch.pin_memory()
+            if then is not None:
+                then(batch)
+            made.put((batch, None))
             del batch
     except BaseException as error:  # raised again where the batch is asked for
         made.put((None, error))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from kd_kit.head import CHUNK_BYTES, head_of
+from kd_kit.head import CHUNK_BYTES, chunk_bytes, head_of
 
 _COPIES = 4  # of a chunk of logits that a backward pass holds at once
 
@@ -50,6 +50,7 @@ def estimate_memory(
     inner: int,
     vocabulary: int,
     half: bool = False,
+    chunk: int = CHUNK_BYTES,
 ) -> Memory:
     """Memory of a run, in bytes; an upper bound of what is alive at once, without the allocator's waste.
 
@@ -59,7 +60,7 @@ def estimate_memory(
     optimizer     8 x trained: two float32 moments of AdamW
     teacher       as given
     activations   tokens x layers x (38 width + 16 inner); under autocast tokens x layers x (30 width + 9 inner)
-    logits        4 x min(tokens x vocabulary x 4, 64 MiB): a chunk, and what its backward pass makes of it
+    logits        4 x min(tokens x vocabulary x 4, chunk): a chunk of logits, and what its backward pass makes of it
     ============  ==========================================================================================
 
     The activations are those of a pre-norm transformer with a gated feed-forward block and fused attention, fitted to
@@ -75,6 +76,7 @@ def estimate_memory(
             experts that a token uses together).
         vocabulary: rows of its head.
         half: whether it trains under half-precision autocast.
+        chunk: bytes of a chunk of logits, see :func:`kd_kit.head.chunk_bytes`.
     """
     per_token = 30 * width + 9 * inner if half else 38 * width + 16 * inner
     return Memory(
@@ -83,7 +85,7 @@ def estimate_memory(
         optimizer=8 * trained,
         teacher=teacher_bytes,
         activations=tokens * layers * per_token,
-        logits=_COPIES * min(tokens * vocabulary * 4, CHUNK_BYTES),
+        logits=_COPIES * min(tokens * vocabulary * 4, chunk),
     )
 
 
@@ -108,6 +110,7 @@ def memory_of(trainer) -> Memory:
         inner=inner,
         vocabulary=head_of(student).weight.shape[0],
         half=trainer.session.precision != "no",
+        chunk=chunk_bytes(trainer.session.device),
     )
 
 

@@ -69,10 +69,14 @@ class BridgeReading:
         Shapes:
             probs: [n, U] float32
         """
-        carried = self.bridge.project_at(probs, where.depth, where.first, where.last, where.widest)
+        carried = self.whole(probs, where)
         if self.sampled:
             return Cells(*sampled_cells(carried, self.top_k, where.place))
         return Cells(*top_k_cells(carried, self.top_k))
+
+    def whole(self, probs: Tensor, where: Where) -> Tensor:
+        """[n, V + 1] float32, what the cells are taken from: every token, and the mass that none of them has."""
+        return self.bridge.project_at(probs, where.depth, where.first, where.last, where.widest)
 
     def among(self, size: int, device: torch.device) -> None:
         """All tokens."""
@@ -83,6 +87,9 @@ class SharedReading:
 
     Only the rows of these tokens in the teacher's head are needed, a quarter of them for Qwen3 and SmolLM. What the
     teacher would give to all other tokens is not known, so what a student should say instead is not taught.
+
+    Attributes:
+        rows: [n] int64, the teacher's ids of these tokens. size: how many the student has.
     """
 
     over, plain = "aligned", True
@@ -94,7 +101,8 @@ class SharedReading:
         self._bridge = Bridge(homes, pair.student_vocab.size, len(self.rows))
         self._shared = torch.zeros(pair.student_vocab.size, dtype=torch.bool)
         self._shared[homes] = True
-        self.top_k = cells_within(top_k, int(self._shared.sum()), "the tokens that both vocabularies have")
+        self.size = int(self._shared.sum())
+        self.top_k = cells_within(top_k, self.size, "the tokens that both vocabularies have")
         self.key = f"shared top {self.top_k}"
 
     def read(self, probs: Tensor, where: Where) -> Cells:
@@ -103,7 +111,11 @@ class SharedReading:
         Shapes:
             probs: [n, rows] float32, over ``rows``
         """
-        return Cells(*top_k_cells(self._bridge.project(probs), self.top_k))
+        return Cells(*top_k_cells(self.whole(probs, where), self.top_k))
+
+    def whole(self, probs: Tensor, where: Where) -> Tensor:
+        """As :meth:`BridgeReading.whole`, 0 for tokens that are not shared."""
+        return self._bridge.project(probs)
 
     def among(self, size: int, device: torch.device) -> Tensor | None:
         """All tokens."""
@@ -149,6 +161,10 @@ class SortedReading:
         """As :meth:`BridgeReading.read`; cells are ranks, so they have no ids."""
         log_probs, tail = sorted_cells(probs, self.top_k)
         return Cells(None, log_probs, tail)
+
+    def whole(self, probs: Tensor, where: Where) -> Tensor:
+        """As :meth:`BridgeReading.whole`, over the teacher's own tokens."""
+        return torch.cat([probs, probs.new_zeros(len(probs), 1)], dim=-1)
 
     def among(self, size: int, device: torch.device) -> None:
         """All tokens."""

@@ -6,7 +6,7 @@ by window, so a batch's rows are those of its windows, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,29 +57,33 @@ def cut(signal: TeacherSignal, batch: DistillBatch, needs: Needs) -> dict[str, l
     return {name: list(tensor.split(counts[kinds[name]])) for name, tensor in whole.items()}
 
 
-def join(fetch: Callable[[str], Sequence[Tensor]], batch: DistillBatch, needs: Needs) -> TeacherSignal:
-    """The signal for a batch, from the rows of its windows.
+def join(fetch: Callable[[str], Tensor | None], batch: DistillBatch, needs: Needs) -> TeacherSignal:
+    """The signal for a batch, from the rows of its windows, in the types that they are stored in; see :func:`widened`.
 
     Args:
-        fetch: gives the rows of a piece in every window of the batch, in order; none where a reading has no ids.
+        fetch: gives the rows of a piece in all windows of the batch, in order; None where a reading has no ids.
     """
-
-    def whole(name: str) -> Tensor | None:
-        parts = fetch(name)
-        return torch.cat(list(parts)) if len(parts) else None
-
-    cells = {}
-    for reading in needs.readings:
-        ids, log_probs, tail = (whole(f"{reading.key}/{part}") for part in (IDS, LOG_PROBS, TAIL))
-        cells[reading.key] = Cells(None if ids is None else ids.long(), log_probs.float(), tail.float())
+    cells = {r.key: Cells(*(fetch(f"{r.key}/{part}") for part in (IDS, LOG_PROBS, TAIL))) for r in needs.readings}
     spans = None
     if needs.span_log_probs:
-        spans = torch.zeros(batch.span_mask.shape)
-        spans[batch.span_mask.cpu()] = whole("span_log_probs").float()
+        rows = fetch("span_log_probs")
+        spans = rows.new_zeros(batch.span_mask.shape)
+        spans[batch.span_mask] = rows
     return TeacherSignal(
         cells=cells,
-        row_states=whole("row_states").float() if needs.row_states else None,
+        row_states=fetch("row_states") if needs.row_states else None,
         span_log_probs=spans,
-        states={layer: whole(f"states/{layer}").float() for layer in sorted(needs.teacher_states)},
-        routing={layer: whole(f"routing/{layer}").float() for layer in sorted(needs.routing)},
+        states={layer: fetch(f"states/{layer}") for layer in sorted(needs.teacher_states)},
+        routing={layer: fetch(f"routing/{layer}") for layer in sorted(needs.routing)},
     )
+
+
+def widened(signal: TeacherSignal) -> TeacherSignal:
+    """In the types that terms compute in: int64 and float32. Where it is already, the same tensors."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.int16:
+            return tensor.long() & 0xFFFF  # the bits of an unsigned number, see Cache.stored
+        return tensor.float() if tensor.is_floating_point() else tensor.long()
+
+    return signal.mapped(wide)

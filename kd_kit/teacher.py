@@ -56,11 +56,22 @@ class LiveTeacher:
         """The same teacher, asked for something else."""
         return LiveTeacher(self.model, self.bridge, needs, more_experts=self.more_experts)
 
+    def check_terms(self, terms, where: str) -> None:
+        """Raise where terms want what it cannot say. A live one can say everything.
+
+        Raises:
+            ValueError: names the term, and what is missing; begins with ``where``.
+        """
+
+    def read_ahead(self, batch: DistillBatch) -> None:
+        """A batch is on its way. For a teacher that reads; a live one waits until it is asked."""
+
     def signal(self, batch: DistillBatch, here: DistillBatch | None = None) -> TeacherSignal:
         """What the teacher knows about ``batch``, on the batch's device, without gradient.
 
         Args:
-            here: the same batch on the host, where there is one: then nothing waits for the device.
+            here: the same batch on the host, as it was fetched, where it still is there: then nothing waits for the
+                device, and a teacher that reads knows it again.
         """
         target, here = batch.student_ids.device, batch.to("cpu") if here is None else here
         needs = self.needs

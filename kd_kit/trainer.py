@@ -226,6 +226,8 @@ class Trainer(Keeping, Steering, Recovery):
                         f"Trainer.fit: expected a run at rest in {str(self.session.folder)!r}, got another trainer "
                         "that trains there in the background; trainer.stop() and trainer.wait() on that one"
                     )
+                if self.teacher is not None:
+                    self.teacher.check_terms(self.terms, "Trainer.fit")
                 self._loop = threading.current_thread()
                 _RUNNING[self._address] = self
                 place = self.session.place()
@@ -332,6 +334,8 @@ class Trainer(Keeping, Steering, Recovery):
                 "Trainer: expected the weights of the last step, got the best ones, which load_best() put in their "
                 "place; build student and trainer again"
             )
+        if self.teacher is not None:
+            self.teacher.check_terms(terms, "change_terms")
         before = self.terms, self.teacher, run_config(self)
         self.terms = tuple(terms)
         if self.teacher is not None:
@@ -522,12 +526,14 @@ class Trainer(Keeping, Steering, Recovery):
     def _new_feed(self, end: int) -> Iterator[tuple[int, DistillBatch]]:
         """Position and batch, in order, from the cursor to the end of the run."""
         count = (end - self.step) * self.settings["accumulation"]
+        whole = self.teacher is not None and self.micro_batch >= self.data.batch_size  # not taken in pieces
         batches = self.data.batches(
             self.settings["seed"],
             self.cursor.upcoming(count),
             workers=self.settings["workers"],
             on_trouble=lambda text, path: self._event("alarm", text + (f" (stacks: {path})" if path else "")),
             dump_folder=self.session.folder / "faults",
+            then=self.teacher.read_ahead if whole else None,
         )
         return zip(self.cursor.upcoming(count), batches, strict=True)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from kd_kit import routing
 from kd_kit.balance import Balance, fixed
-from kd_kit.cached_teacher import CachedTeacher
 from kd_kit.callbacks import EarlyStopping
 from kd_kit.data import DistillData
 from kd_kit.kd_terms import kd_term
@@ -235,12 +234,6 @@ def change_terms(trainer: Trainer, terms: Sequence[LossTerm]) -> str:
     if trainer.teacher is not None:
         setup = Setup(trainer.student, trainer.teacher.model, trainer.data.pair)
         terms = [t.bound(setup) for t in terms]
-        if isinstance(trainer.teacher, CachedTeacher) and (lacking := trainer.teacher.lacks(all_needs(terms))):
-            raise ValueError(
-                f"change_terms: expected terms that the cache in {str(trainer.teacher.cache.folder)!r} can serve, got "
-                f"some that want {', '.join(lacking)}; build student and trainer again with these terms, then "
-                "kd.build_cache(trainer, another_folder)"
-            )
     elif any(t.taught for t in terms):
         raise ValueError("change_terms: expected terms that need no teacher, since the run has none")
     return trainer.replace_terms(terms)

@@ -25,7 +25,7 @@ from kd_kit.forecast import sessions_needed
 from kd_kit.history import verdict
 from kd_kit.kaggle_place import room
 from kd_kit.memory import device_memory, memory_of, process_peak, size_of
-from kd_kit.readings import SortedReading, StrictReading
+from kd_kit.readings import SharedReading, SortedReading
 from kd_kit.table import plain, short, span
 from kd_kit.trainer import Trainer, save_interval
 
@@ -164,7 +164,7 @@ def top_k(facts: Facts) -> Found:
 def _vocabulary(reading, facts: Facts) -> int:
     if isinstance(reading, SortedReading):
         return facts.trainer.data.pair.teacher_vocab.size
-    return int(reading.shared.sum()) if isinstance(reading, StrictReading) else reading.bridge.student_size
+    return reading.size if isinstance(reading, SharedReading) else reading.bridge.student_size
 
 
 def heard(facts: Facts) -> Found:

@@ -83,6 +83,8 @@ LEVELS = {
     "parts of a run": [
         "callbacks",
         "controls",
+        "shard_claims",
+        "cache_fidelity",
         "cache",
         "cached_teacher",
         "caching",

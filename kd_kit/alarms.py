@@ -178,8 +178,8 @@ class Watch:
                 "slow:step",
                 f"a step takes {times:.1f} times the least that it can cost here",
                 "a term that costs much, text that is prepared too slowly, or something else that uses this machine",
-                "kd.run_preflight(trainer) times the steps anew; workers=2 for the text; kd.build_cache(trainer) for a "
-                "run of several epochs; leave out terms that have little of the gradient",
+                "workers=2 for the text; kd.build_cache(trainer); leave out a term with little of the gradient; "
+                "kd.run_preflight(trainer) times the steps anew",
                 gone=f"a step takes less than {SLOW:g} times its least again",
             )
         norm, scale = record.get("grad_norm"), record.get("loss_scale")

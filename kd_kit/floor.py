@@ -33,7 +33,7 @@ _STRETCH = 2**24  # numbers that the optimizer's step is timed on
 
 def floor_of(teacher: LiveTeacher | None) -> str:
     """What the floor is made of, in words."""
-    return ("the teacher's body and " if _is_asked(teacher) else "") + "the student's step on the text alone"
+    return ("the teacher's body, " if _is_asked(teacher) else "") + "the student on the text"
 
 
 def _is_asked(teacher: LiveTeacher | None) -> bool:

@@ -344,7 +344,7 @@ class Trainer(Keeping, Steering, Recovery):
                 raise
             self._event("floor", "not measured: the memory did not suffice")
             return
-        self._event("floor", f"a step takes at least {short(self.floor_seconds)} s here: {floor_of(teacher)}")
+        self._event("floor", f"{short(self.floor_seconds)} s per step at the least: {floor_of(teacher)}")
 
     def replace_terms(self, terms: Sequence[LossTerm]) -> str:
         """Go on with these terms, bound to the models; see :func:`kd_kit.trainer_builder.change_terms`."""

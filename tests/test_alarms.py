@@ -46,7 +46,11 @@ class Run:
                 terms[one.name] = record
             total = sum(t["contribution"] for t in terms.values() if t["contribution"] is not None)
             record = {"kind": "train", "step": self.step, "total": total, "terms": terms}
-            record |= {k: v for k, v in changed.items() if k in ("grad_norm", "loss_scale", "gradients", "total", "times_floor")}
+            record |= {
+                k: v
+                for k, v in changed.items()
+                if k in ("grad_norm", "loss_scale", "gradients", "total", "times_floor")
+            }
             self.history.append(record)
             self.watch.look([record])
         return self

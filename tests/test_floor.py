@@ -149,13 +149,13 @@ def test_from_a_cache_it_is_the_students_step_alone(tmp_path, monkeypatch):
     trainer = long_trainer(tmp_path)
     trainer.fit(steps=1)
     assert len(asked) == PASSES + 1
-    assert "the teacher's body and the student's step" in floors(trainer)[0]
+    assert floors(trainer)[0].endswith("at the least: the teacher's body, the student on the text")
     build_cache(trainer)
     assert trainer.floor_seconds is None
     trainer.planned_steps += 10  # so that enough of the run is left
     trainer.fit(steps=1)
     assert len(asked) == PASSES + 1
-    assert floors(trainer)[1].endswith("here: the student's step on the text alone")
+    assert floors(trainer)[1].endswith("at the least: the student on the text")
 
 
 def test_a_teacher_that_no_term_asks_is_not_part_of_it(tmp_path, monkeypatch):
@@ -221,4 +221,4 @@ def test_a_printed_line_says_it(tmp_path):
     trainer.fit(steps=10)
     times = usual_times_floor(trainer.history)
     assert any(f" tok/s ({times:.1f} x floor)  " in line for line in lines), lines
-    assert any("floor: a step takes at least" in line for line in lines)
+    assert any(" s per step at the least: the teacher's body, the student on the text" in line for line in lines)

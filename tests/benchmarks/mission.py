@@ -180,53 +180,69 @@ class _Answer(nn.Module):
         return _Output(self.hidden)
 
 
-def build_teacher(*, layers: int = TEACHER_LAYERS, device="cpu", dtype=torch.float32) -> nn.Module:
-    """A Qwen3-MoE with three experts per layer, of which a token passes one; random weights, frozen."""
-    from transformers import AutoConfig
+_TEACHER = {
+    "vocab_size": TEACHER_HEAD,
+    "hidden_size": TEACHER_WIDTH,
+    "num_hidden_layers": TEACHER_LAYERS,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_experts": 3,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 3_072,
+    "intermediate_size": 3_072,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 40_960,
+}
+_STUDENT = {
+    "vocab_size": STUDENT_HEAD,
+    "hidden_size": STUDENT_WIDTH,
+    "intermediate_size": 1_536,
+    "num_hidden_layers": STUDENT_LAYERS,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2_048,
+}
 
-    config = AutoConfig.for_model(
-        "qwen3_moe",
-        vocab_size=TEACHER_HEAD,
-        hidden_size=TEACHER_WIDTH,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        num_experts=3,
-        num_experts_per_tok=1,
-        moe_intermediate_size=3_072,
-        intermediate_size=3_072,
-        norm_topk_prob=True,
-        tie_word_embeddings=True,
-        max_position_embeddings=40_960,
-    )
-    return _random(config, device, dtype).requires_grad_(False).eval()
+
+def build_teacher(*, device="cpu", dtype=torch.float32, **changes) -> nn.Module:
+    """A Qwen3-MoE with three experts per layer, of which a token passes one; random weights, frozen.
+
+    Args:
+        changes: of its configuration.
+    """
+    return _random("qwen3_moe", _TEACHER | changes, device, dtype).requires_grad_(False).eval()
 
 
-def build_student(*, layers: int = STUDENT_LAYERS, device="cpu", vocabulary: int = STUDENT_HEAD) -> nn.Module:
+def build_student(*, device="cpu", **changes) -> nn.Module:
     """A Llama of SmolLM-135M's shape; random weights in float32."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=vocabulary,
-        hidden_size=STUDENT_WIDTH,
-        intermediate_size=1_536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        max_position_embeddings=2_048,
-    )
-    return _random(config, device, torch.float32).train()
+    return _random("llama", _STUDENT | changes, device, torch.float32).train()
 
 
-def _random(config, device, dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _random(family: str, settings: dict, device, dtype) -> nn.Module:
+    """A model of the configuration; its matrices repeat a stretch of random numbers, which is made in no time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device(device), torch.random.fork_rng():
-        torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **settings)
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    with torch.device(device):
+        body = model.get_decoder()
+        body.rotary_emb = type(body.rotary_emb)(config=config)  # holds frequencies, which are no random numbers
+    stretch = torch.empty(2**22, device=device).normal_(0, 0.02, generator=torch.Generator(device).manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)  # of a norm
+                continue
+            flat = parameter.view(-1)
+            for start in range(0, len(flat), len(stretch)):
+                part = flat[start : start + len(stretch)]
+                part.copy_(stretch[: len(part)])
     return model
 
 

@@ -181,10 +181,15 @@ def test_the_teachers_pass_runs_its_body_without_gradient(tmp_path):
     trainer = long_trainer(tmp_path)
     batch = next(iter(trainer.data.batches(0, [0])))
     seen = []
-    hook = teacher().model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+
+    def keep(module, args, given, output) -> None:
+        seen.append((given["input_ids"], output.last_hidden_state.requires_grad))
+
+    hook = teacher().model.register_forward_hook(keep, with_kwargs=True)
     teacher_pass(trainer.teacher, batch)
     hook.remove()
-    assert seen[0].shape[:2] == batch.teacher_ids.shape and not seen[0].requires_grad
+    [(ids, with_gradient)] = seen
+    assert torch.equal(ids, batch.teacher_ids) and not with_gradient
 
 
 def test_terms_that_no_longer_ask_the_teacher_have_another_floor(tmp_path):

@@ -8,7 +8,7 @@ KAGGLE_PYTHON ?= $(PYTHON)
 KAGGLE_VENV ?= .venv-kaggle
 KAGGLE_READY := $(KAGGLE_VENV)/.ready
 
-.PHONY: demo test torture real-test browser-test kaggle-test kaggle-push kaggle-names lint bench clean
+.PHONY: demo test torture real-test browser-test kaggle-test kaggle-push kaggle-names lint bench seeds clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
@@ -37,7 +37,15 @@ lint: $(READY)
 	$(BIN)/ruff check kd_kit tests
 	$(BIN)/ruff format --check kd_kit tests
 
-bench: $(READY)  ## the figures in the README: distilled against LM-only, three paired seeds
+# one thread each, one after the other, so that none disturbs another
+BENCHMARKS := import_time align heads overhead growth caching cache_io dashboard_cost checkpoint_cost
+
+bench: $(READY)  ## times and memory beside what they are compared with, under 15 minutes; tables in tests/benchmarks/README.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/$$name.py; done
+	$(BIN)/python tests/benchmarks/report.py
+
+seeds: $(READY)  ## the figures in the README: distilled against LM-only, three paired seeds
 	$(BIN)/python -m kd_kit demo --seeds 3 --out build/demo.json
 
 kaggle-push: kaggle-names $(READY)  ## build and push: make kaggle-push KERNEL=distill-p100 OWNER=your-kaggle-name ARGS="--set HOURS=8"

@@ -19,6 +19,7 @@ FAR = 10  # times the top of a range: no untrained student is so far above, so n
 STEPS = 50  # in a row, of what is judged at every step
 MEASUREMENTS = 3  # in a row, of what is judged where gradients are compared
 HALVES = 100  # steps in each of the two stretches that are compared for a trend
+SLOW = 3.0  # times the least that a step can cost on this machine
 MOST = 3  # how often one alarm is raised in a run; one that comes and goes is known by then
 
 
@@ -140,6 +141,8 @@ class Watch:
             return record.get("loss_scale") is not None
         if key == "finite:gradient":
             return record.get("grad_norm") is not None and math.isfinite(record["grad_norm"])
+        if kind == "slow":
+            return _times_floor(record) is not None
         if kind == "rises":
             halves = self._halves()
             return halves is not None and not self._rise(name, halves)
@@ -170,6 +173,15 @@ class Watch:
                 yield from self._experts(name, term)
         yield from self._missing_lm(record)
         yield from self._trend()
+        if (times := _times_floor(record)) is not None and times > SLOW:
+            yield Finding(
+                "slow:step",
+                f"a step takes {times:.1f} times the least that it can cost here",
+                "a term that costs much, text that is prepared too slowly, or something else that uses this machine",
+                "workers=2 for the text; kd.build_cache(trainer); leave out a term with little of the gradient; "
+                "kd.run_preflight(trainer) times the steps anew",
+                gone=f"a step takes less than {SLOW:g} times its least again",
+            )
         norm, scale = record.get("grad_norm"), record.get("loss_scale")
         broken = any(t["value"] is not None and not math.isfinite(t["value"]) for t in record["terms"].values())
         if norm is not None and not math.isfinite(norm) and scale is None and not broken:
@@ -384,6 +396,11 @@ class Watch:
                     patience=2,
                     gone=f"{name} no longer rises",
                 )
+
+
+def _times_floor(record: Mapping) -> float | None:
+    """What a usual step took over its floor; None where it was not measured, or gradients were compared as well."""
+    return None if "gradients" in record else record.get("times_floor")
 
 
 def _mean_error(values: Sequence[float | None]) -> tuple[float, float] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 
+from kd_kit.history import usual_times_floor
+
 
 class Callback:
     """The hooks, doing nothing. To stop a run a callback sets ``trainer.stop_reason``; nothing is thrown."""
@@ -107,9 +109,11 @@ class PrintLines(Callback):
         else:  # one line of a notebook holds no more
             values = "  ".join(f"{name} {t['value']:.3g}" for name, t in there.items())
         rate = next(iter(record["lr"].values()))
+        times = usual_times_floor(trainer.history)
+        floor = "" if times is None else f" ({times:.1f} x floor)"
         self.print(
             f"step {record['step']:>6,}  total {record['total']:.3f} = {values}  lr {rate:.1e}  "
-            f"{record['tokens_per_second']:,.0f} tok/s  {time.strftime('%H:%M')}"
+            f"{record['tokens_per_second']:,.0f} tok/s{floor}  {time.strftime('%H:%M')}"
         )
 
     def on_evaluate(self, trainer) -> None:

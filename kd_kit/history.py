@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -283,6 +284,16 @@ class History:
                 stacklevel=4,
             )
         self._rewrite_due, self.write_error = True, str(problem)
+
+
+def usual_times_floor(history: History, steps: int = 20) -> float | None:
+    """A step's seconds over the least that it can cost here, of late; None where that was not measured.
+
+    A median over steps that compared no gradients: these cost several times as much.
+    """
+    times = [r.get("times_floor") for r in history.records[-3 * steps :] if "gradients" not in r]
+    known = [t for t in times if t is not None][-steps:]
+    return statistics.median(known) if known else None
 
 
 def _known(kind: Any, *, where: str) -> tuple[str, ...]:

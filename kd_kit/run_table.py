@@ -112,6 +112,7 @@ def measurements(record: Mapping[str, Any]) -> list[str]:
     for field, text in (
         ("epoch", "epoch {:.2f}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("times_floor", "{:.1f} × the floor of a step"),
         ("grad_norm", "gradient norm {:.3g}"),
         ("skipped_steps", "{:,} skipped"),
         ("taught_share", "{:.0%} of tokens taught"),

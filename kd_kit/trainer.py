@@ -26,6 +26,7 @@ from kd_kit.callbacks import EarlyStopping, PrintLines
 from kd_kit.cursor import Cursor
 from kd_kit.data import DistillData
 from kd_kit.evaluation import ControlUnfinished, score
+from kd_kit.floor import LEAST_STEPS, floor_of, measure_floor
 from kd_kit.gradients import place_name
 from kd_kit.history import History
 from kd_kit.keeping import START, Keeping
@@ -33,7 +34,7 @@ from kd_kit.learning_rate import LearningRate
 from kd_kit.mirror import Mirror
 from kd_kit.module import DistillModule, all_needs, settle_parts
 from kd_kit.optimizer import build_optimizer
-from kd_kit.recovery import Recovery
+from kd_kit.recovery import Recovery, is_out_of_memory
 from kd_kit.run_config import changed_settings, check_run, refuse_other_run, run_config
 from kd_kit.session import Session, StopRequests, shown
 from kd_kit.stages import Schedule, constant
@@ -47,6 +48,7 @@ from kd_kit.student_weights import (
     was_stepped,
 )
 from kd_kit.summary import Summary, summarise
+from kd_kit.table import short
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, restore_rng
 from kd_kit.terms import LossTerm, lm_term
@@ -115,7 +117,8 @@ class Trainer(Keeping, Steering, Recovery):
             the data's batch_size once the memory did not suffice.
         stop_reason: None while there is something to do; set it to stop the run after the step.
         decay_from: the step at which the learning rate began to fall before its planned time; None if it did not.
-        floor_seconds: of a step at its least possible cost, once :func:`kd_kit.run_preflight` has measured it.
+        floor_seconds: of a step at its least possible cost on this machine, see :mod:`kd_kit.floor`; measured when
+            ``fit()`` begins a session long enough for that, or by :func:`kd_kit.run_preflight`; else None.
     """
 
     def __init__(
@@ -280,6 +283,7 @@ class Trainer(Keeping, Steering, Recovery):
         self.stopped_early = False
         self._write_run()
         self._begin()
+        self._find_floor()
         self._lead = self._lead or self.session.elapsed()
         self._tell_forecast()
         self._last_save = self.session.now()
@@ -326,6 +330,24 @@ class Trainer(Keeping, Steering, Recovery):
         elif self.step == 0:  # so that dropout draws the same in every such run, also when it is back at its start
             set_seed(self.settings["seed"])
 
+    def _find_floor(self) -> None:
+        """What a step of this run costs here at the least, once per session; the run goes on as if nothing had been."""
+        if self.floor_seconds is not None or self.total_steps - self.step < LEAST_STEPS:
+            return
+        upcoming = self.cursor.upcoming(self.settings["accumulation"])
+        pieces = self._pieces(list(self.data.batches(self.settings["seed"], upcoming)))
+        teacher = self.teacher if self.module.needs.teacher else None
+        try:
+            self.floor_seconds = measure_floor(
+                self.student, teacher, pieces, accelerator=self.accelerator, clock=self.session.now
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._event("floor", "not measured: the memory did not suffice")
+            return
+        self._event("floor", f"{short(self.floor_seconds)} s per step at the least: {floor_of(teacher)}")
+
     def replace_terms(self, terms: Sequence[LossTerm]) -> str:
         """Go on with these terms, bound to the models; see :func:`kd_kit.trainer_builder.change_terms`."""
         self.resume()
@@ -359,6 +381,8 @@ class Trainer(Keeping, Steering, Recovery):
             groups, state = kept
             self._load(groups, state | {"save_number": save_number})
         self._resumed = True
+        if all_needs(before[0]).teacher != self.module.needs.teacher:
+            self.floor_seconds = None
         self._config = config | {"start": before[2]["start"] or self._config["start"]}
         self._log = self._new_log()
         self._write_run()

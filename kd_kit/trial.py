@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd_kit.cached_teacher import CachedTeacher
 from kd_kit.evaluation import Agreement, Score, agreement, score
-from kd_kit.head import alone_with, body_of
+from kd_kit.floor import teacher_pass, text_loss
 from kd_kit.memory import size_of
 from kd_kit.module import DistillModule
 from kd_kit.optimizer import clip_gradients
@@ -299,13 +298,8 @@ class Trial:
         count = sum(len(batch.rows) for batch in batches)
         for host in one._pieces(batches):
             batch = host.to(self._device, non_blocking=True)
-            if one.teacher is not None and not isinstance(one.teacher, CachedTeacher):
-                with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
-                    ids = batch.teacher_ids.to(one.teacher.device)
-                    with alone_with(one.teacher.model):
-                        body_of(one.teacher.model)(input_ids=ids, use_cache=False)
-            with one.accelerator.autocast():
-                total, *_ = plain(batch, None, [1 / max(count, 1)])
+            teacher_pass(one.teacher, batch)
+            total = text_loss(plain, batch, one.accelerator, count)
             one.accelerator.backward(total)
         one.accelerator.unscale_gradients()
         clip_gradients(plain, one.settings["max_grad_norm"])

@@ -46,7 +46,11 @@ class Run:
                 terms[one.name] = record
             total = sum(t["contribution"] for t in terms.values() if t["contribution"] is not None)
             record = {"kind": "train", "step": self.step, "total": total, "terms": terms}
-            record |= {k: v for k, v in changed.items() if k in ("grad_norm", "loss_scale", "gradients", "total")}
+            record |= {
+                k: v
+                for k, v in changed.items()
+                if k in ("grad_norm", "loss_scale", "gradients", "total", "times_floor")
+            }
             self.history.append(record)
             self.watch.look([record])
         return self
@@ -357,3 +361,28 @@ def test_the_kits_own_ranges_are_judged():
 
 def test_early_stopping_is_not_an_alarm():
     assert "EarlyStopping(patience=20" in repr(EarlyStopping())
+
+
+def test_a_slow_run_is_said_with_what_to_look_at():
+    run = Run().steps(STEPS - 1, times_floor=4.2)
+    assert not run.alarms
+    run.steps(times_floor=4.2)
+    (text,) = run.alarms
+    assert text.startswith("a step takes 4.2 times the least that it can cost here, since step 1. Likely: ")
+    assert all(what in text for what in ("kd.run_preflight(trainer)", "workers=2", "kd.build_cache(trainer)"))
+    run.steps(STEPS, times_floor=1.4)
+    assert [e["what"] for e in run.history.events] == ["alarm", "cleared"]
+
+
+def test_what_is_slow_now_and_then_is_no_alarm():
+    run = Run()
+    for _ in range(4):
+        run.steps(STEPS - 1, times_floor=9.0).steps(times_floor=2.0)
+    assert not run.alarms
+    # steps that compare gradients take long by nature, and say nothing of the others
+    run = Run().measured(2 * STEPS, times_floor=9.0)
+    assert not [text for text in run.alarms if "least" in text]
+    # nor does a run whose floor is not known
+    assert not Run().steps(2 * STEPS, times_floor=None).alarms
+    run = Run().steps(STEPS - 1, times_floor=9.0).measured(times_floor=1.0).steps(times_floor=9.0)
+    assert len([text for text in run.alarms if "least" in text]) == 1

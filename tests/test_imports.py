@@ -102,6 +102,7 @@ LEVELS = {
         "module",
         "optimizer",
         "train_step",
+        "floor",
         "alarms",
         "run_table",
         "step_log",

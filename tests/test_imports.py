@@ -47,6 +47,7 @@ LEVELS = {
         "doctor_verb",
         "rows",
         "loading",
+        "collate",
         "data",
         "history",
         "checkpoint_folder",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kd_kit.align import Ragged, align_many, starts_of
+from kd_kit.packing import side_by_side
 from kd_kit.pair import TokenizerPair
 from kd_kit.types import IGNORE, DistillBatch
 from kd_kit.vocab import Vocabulary
@@ -158,5 +159,7 @@ class Collator:
             "span_rows": span_rows,
             "document": document,
             "sample": sample,
+            "student_packed": side_by_side(student.counts),
+            "teacher_packed": side_by_side(teacher.counts),
         }
         return DistillBatch(**{name: torch.from_numpy(value) for name, value in arrays.items()})

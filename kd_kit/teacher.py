@@ -7,7 +7,8 @@ import contextlib
 import torch
 from torch import Tensor
 
-from kd_kit.head import body_of, head_of
+from kd_kit.head import head_of
+from kd_kit.packed_body import Back, run_body
 from kd_kit.readings import BridgeReading, Needs, Where, empty_cells, joined
 from kd_kit.reduce import chunks
 from kd_kit.routing import RoutingTap, more_experts
@@ -66,25 +67,29 @@ class LiveTeacher:
             if needs.routing:
                 router = RoutingTap(self.model, sorted(needs.routing), scores=needs.routing_scores)
             with taps, router:
-                hidden = self._body(batch)
+                hidden, back = self._body(batch)
+            hidden = back(hidden)
             passes = [hidden]
             if self.more_experts is not None and (needs.readings or needs.span_log_probs):
                 with more_experts(self.model, self.more_experts):
-                    passes.append(self._body(batch))
+                    again, back_again = self._body(batch)
+                    passes.append(back_again(again))
             ends = batch.span_rows[:, 1]
             signal = TeacherSignal(
                 cells=self._cells(batch, [h.flatten(0, 1) for h in passes]) if needs.readings else {},
                 row_states=self._aligned(batch, hidden) if needs.row_states else None,
                 span_log_probs=self._span_log_probs(batch, passes) if needs.span_log_probs else None,
-                states={n: taps.states[n].flatten(0, 1)[ends].float() for n in sorted(needs.teacher_states)},
-                routing={n: router.probabilities[n].flatten(0, 1)[ends] for n in sorted(needs.routing)},
-                attention={n: taps.attention[n] for n in sorted(needs.teacher_attention)},
+                states={n: back(taps.states[n]).flatten(0, 1)[ends].float() for n in sorted(needs.teacher_states)},
+                routing={n: back(router.probabilities[n]).flatten(0, 1)[ends] for n in sorted(needs.routing)},
+                attention={
+                    n: {kind: back(t) for kind, t in taps.attention[n].items()} for n in sorted(needs.teacher_attention)
+                },
             )
         # tensors made in inference mode may not enter a graph; a copy made outside may
         return signal.mapped(lambda tensor: tensor.to(target).clone())
 
-    def _body(self, batch: DistillBatch) -> Tensor:
-        return body_of(self.model)(input_ids=batch.teacher_ids, use_cache=False).last_hidden_state
+    def _body(self, batch: DistillBatch) -> tuple[Tensor, Back]:
+        return run_body(self.model, batch.teacher_ids, batch.teacher_packed)
 
     def _aligned(self, batch: DistillBatch, hidden: Tensor) -> Tensor:
         window = batch.aligned_rows // batch.student_ids.shape[1]

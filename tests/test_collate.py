@@ -14,6 +14,7 @@ from naive_batches import naive_collate, span
 
 from kd_kit import build_data
 from kd_kit.inside import InsideBridge
+from kd_kit.packing import side_by_side
 from kd_kit.types import DistillBatch
 from kd_kit.vocab import Vocabulary
 
@@ -43,7 +44,11 @@ def test_a_batch_is_that_of_a_loop_over_windows_and_positions(kind, stride):
     for windows in (data.train, data.held_out):
         for count in (1, 2, 5, 9):
             chosen = draw.choice(len(windows), min(count, len(windows)), replace=False).tolist()
-            assert_same_batch(windows.collate(chosen), naive_collate(windows, chosen))
+            found = windows.collate(chosen)
+            assert_same_batch(found.unpacked(), naive_collate(windows, chosen))
+            lengths = [[len(ids) for ids in windows.ids(index)] for index in chosen]
+            for packed, side in zip((found.student_packed, found.teacher_packed), np.array(lengths).T, strict=True):
+                assert packed.tolist() == side_by_side(side).tolist()
 
 
 @settings(max_examples=200, deadline=None)

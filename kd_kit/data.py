@@ -7,6 +7,7 @@ nothing but a number.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import torch
 
 from kd_kit import loading
 from kd_kit.align import Ragged, byte_ends, cut_many, starts_of
+from kd_kit.batching import Batching
 from kd_kit.collate import Collator, Side
+from kd_kit.packing import LEAST_SAVED
 from kd_kit.pair import TokenizerPair
 from kd_kit.rows import (
     MAX_CHARACTERS,
@@ -31,6 +34,7 @@ from kd_kit.rows import (
 )
 from kd_kit.types import DistillBatch
 
+_DOCUMENTS_AT_ONCE = 4096  # whose tokens are looked through together
 _ENCODE_AT_ONCE = 32  # documents per call of a tokenizer: bounds memory, costs nothing
 
 
@@ -149,6 +153,26 @@ class WindowSet(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> int:
         return int(index)
 
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """[W, 2] int64, tokens of every window, the student's and the teacher's, document-start tokens included."""
+        out = np.zeros((len(self), 2), dtype=np.int64)
+        for start in range(0, len(self.documents), _DOCUMENTS_AT_ONCE):
+            some = self.documents[start : start + _DOCUMENTS_AT_ONCE]
+            rows = slice(*np.searchsorted(self.table[:, 0], [start, start + len(some)]))
+            document, first, _, last = self.table[rows].T
+            for side, ends in enumerate(([d.student_ends for d in some], [d.teacher_ends for d in some])):
+                tokens = Ragged.of(ends)
+                before = starts_of([int(one[-1]) + 1 for one in ends])  # one document after the other
+                keys = tokens.values + np.repeat(before[:-1], tokens.counts)
+                at = before[document - start]
+                begin = np.where(
+                    first > 0, np.searchsorted(keys, at + first, side="right"), tokens.starts[document - start]
+                )
+                out[rows, side] = np.searchsorted(keys, at + last, side="right") - begin
+        starts = self.pair.student_vocab.start_id, self.pair.teacher_vocab.start_id
+        return out + np.array([start is not None for start in starts])
+
     @property
     def scored_bytes(self) -> int:
         return int((self.table[:, 3] - self.table[:, 2]).sum())
@@ -192,46 +216,64 @@ class WindowSet(torch.utils.data.Dataset):
     def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[DistillBatch]:
         """Batches for evaluation: all windows, or ``limit`` of them spread evenly over the set.
 
-        Sorted by length, so that little is padded.
+        Sorted by length, so that little is padded; of short windows twice or more times as many, where they fit into
+        the places of ``batch_size`` full ones.
         """
         chosen = np.arange(len(self))
         if limit is not None and limit < len(self):
             chosen = np.unique(np.linspace(0, len(self) - 1, limit).round().astype(int))
         size = self.table[chosen, 3] - self.table[chosen, 1]
         chosen = chosen[np.argsort(size, kind="stable")]
-        for start in range(0, len(chosen), batch_size):
-            yield self.collate(chosen[start : start + batch_size])
+        start = 0
+        while start < len(chosen):
+            count = self.fitting(chosen[start:], batch_size)
+            yield self.collate(chosen[start : start + count])
+            start += count
+
+    def fitting(self, ranked: np.ndarray, batch_size: int) -> int:
+        """How many of the first of these windows, ranked by length, fit into the places of ``batch_size`` full ones.
+
+        A multiple of ``batch_size``, so that full windows come in the batches that they always came in.
+        """
+        times = 1
+        while times * batch_size < len(ranked):
+            longest = self.lengths[ranked[: (times + 1) * batch_size]].max()
+            if (times + 1) * longest > self.window:
+                break
+            times += 1
+        return times * batch_size
 
 
 class DistillData:
     """Training and held-out windows of a pair of tokenizers. Made by :func:`build_data`.
 
     Attributes:
-        pair: the tokenizers. window: tokens of a window on either side, at most. batch_size: windows per batch.
+        pair: the tokenizers. window: tokens of a window on either side, at most. batch_size: windows, or rows of them,
+            per batch. batching: which windows share a batch, and how much of it is padding.
         train, held_out: :class:`WindowSet`.
     """
 
-    def __init__(self, train: WindowSet, held_out: WindowSet, *, batch_size: int):
+    def __init__(self, train: WindowSet, held_out: WindowSet, *, batch_size: int, pack: bool | None = None):
         self.pair = train.pair
         self.window = train.window
         self.batch_size = batch_size
         self.train = train
         self.held_out = held_out
-        self._order: tuple = (None, None)
+        self.batching = Batching(train.lengths, window=train.window, batch_size=batch_size, pack=pack)
+
+    @property
+    def unit(self) -> str:
+        """What a batch has ``batch_size`` of: "windows", or "rows" of windows side by side."""
+        return "rows" if self.batching.arrangement == "rows" else "windows"
 
     @property
     def batches_per_epoch(self) -> int:
         """Whole batches in one pass; a set smaller than a batch is one batch."""
-        return max(len(self.train) // self.batch_size, 1)
+        return self.batching.per_epoch
 
     def indices(self, seed: int, position: int) -> np.ndarray:
         """The windows of batch number ``position``: a pure function of (seed, epoch, place within the epoch)."""
-        epoch, place = divmod(position, self.batches_per_epoch)
-        remembered = self._order  # for speed only; read once, as several threads may ask
-        if remembered[0] != (seed, epoch):
-            order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(self.train))
-            self._order = remembered = ((seed, epoch), order)
-        return remembered[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return self.batching.indices(seed, position)
 
     def batches(
         self,
@@ -252,6 +294,8 @@ class DistillData:
     def fingerprint(self) -> str:
         """Hash of everything that decides which batch is which: tokens, windows, sizes."""
         digest = hashlib.sha256(f"{self.window} {self.batch_size} {self.pair.fingerprint}".encode())
+        if self.batching.arrangement != "shuffled":
+            digest.update(self.batching.arrangement.encode())
         for windows in (self.train, self.held_out):
             digest.update(np.ascontiguousarray(windows.table).tobytes())
             for document in windows.documents:
@@ -271,10 +315,19 @@ class DistillData:
             )
             if windows.report.refused:
                 lines.append("          " + repr(windows.report).replace("\n", "\n          "))
+        batching, rows = self.batching, ""
+        if self.unit == "rows":
+            rows = f", {len(self.train) / (len(batching.units.starts) - 1):.1f} windows side by side in each"
         lines.append(
-            f"batches   {self.batch_size} windows of at most {self.window} tokens on either side, "
+            f"batches   {self.batch_size} {self.unit} of at most {self.window} tokens on either side{rows}, "
             f"{self.batches_per_epoch:,} per epoch"
         )
+        how = {"shuffled": "", "rows": " in rows", "lengths": " with windows of like length together"}
+        if batching.arrangement != "shuffled" or batching.padding > LEAST_SAVED:
+            lines.append(
+                f"padding   {batching.padding:.0%} of all places in shuffled batches, "
+                f"{batching.measured_padding():.0%}{how[batching.arrangement]}"
+            )
         return "\n".join(lines)
 
 
@@ -286,6 +339,7 @@ def build_data(
     column: str = "text",
     window: int = 512,
     batch_size: int = 8,
+    pack: bool | None = None,
     stride: int | None = None,
     maximum: int | None = None,
     seed: int = 0,
@@ -303,7 +357,10 @@ def build_data(
         held_out: texts to evaluate on, or the share of documents to set apart for it.
         column: where a ``datasets`` object keeps its text.
         window: tokens of a window, at most, on either side, the document-start token included.
-        batch_size: windows per batch (of one device; see ``accumulation`` of the trainer for more).
+        batch_size: windows, or rows of them, per batch (of one device; see ``accumulation`` of the trainer for more).
+        pack: put short windows side by side into rows of ``window`` tokens, and ``batch_size`` rows into a batch. Left
+            out: where shuffled batches would be more than a tenth padding. False: windows of like length share a
+            batch there, which then holds fewer tokens; for a model that does not keep windows in one row apart.
         stride: tokens that each held-out window scores; the rest of it is context. Half a window if left out.
         maximum: read no more than this many documents.
         seed: of the choice of held-out documents.
@@ -349,7 +406,7 @@ def build_data(
     finally:
         if quarantine is not None:
             save_refused(quarantine, [report, held_report])
-    return DistillData(train, held, batch_size=batch_size)
+    return DistillData(train, held, batch_size=batch_size, pack=pack)
 
 
 def _set_apart(

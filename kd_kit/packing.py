@@ -14,11 +14,11 @@ LEAST_SAVED = 0.1
 mask, and with one the fastest attention is not available."""
 
 _WIDTHS = (1, 2, 4)
-"""Rows as wide as the longest window, or so many times as wide where that saves another tenth of the places: wider rows
-fill better where windows are about as long as each other."""
+"""Rows are as wide as the longest window, or so many times: wider ones fill better where windows are about as long as
+each other."""
 
-_WIDEST = 1024
-"""Places of a row wider than the longest window: attention costs the square of them."""
+_EVEN = 4096
+"""Places of a row whose attention costs about as much as all else in a layer: 6 times the width of a model of 700."""
 
 
 def best_fit(sizes: Sequence[int] | np.ndarray, room: int) -> np.ndarray:
@@ -37,7 +37,7 @@ def best_fit(sizes: Sequence[int] | np.ndarray, room: int) -> np.ndarray:
         raise ValueError(f"best_fit: expected sizes between 1 and {room}, got {sizes.min()} to {sizes.max()}")
     order = np.argsort(-sizes, kind="stable")
     rows = np.empty(len(sizes), dtype=np.int64)
-    opened: list[list[int]] = [[] for _ in range(room + 1)]  # rows by the room that is left in them
+    opened: dict[int, list[int]] = {}  # rows by the room that is left in them
     there, count = 0, 0  # bit i: some row has i places left
     for item, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         fitting = there >> size
@@ -51,7 +51,7 @@ def best_fit(sizes: Sequence[int] | np.ndarray, room: int) -> np.ndarray:
         rows[item] = row
         left -= size
         if left:
-            opened[left].append(row)
+            opened.setdefault(left, []).append(row)
             there |= 1 << left
     return rows
 
@@ -72,14 +72,13 @@ def side_by_side(lengths: np.ndarray) -> np.ndarray:
         return none
     best = None
     for times in _WIDTHS:
-        if times > 1 and times * width > _WIDEST:
-            break
         rows = best_fit(lengths, times * width)
         used = np.bincount(rows, lengths).astype(np.int64)
-        if best is None or len(used) * used.max() < (1 - LEAST_SAVED) * best[0]:
-            best = len(used) * used.max(), rows, used
-    places, rows, used = best
-    if places > most:
+        cost = len(used) * used.max() * (1 + used.max() / _EVEN)
+        if best is None or cost < best[0]:
+            best = cost, rows, used
+    _, rows, used = best
+    if len(used) * used.max() > most:
         return none
     order = np.argsort(rows, kind="stable")
     starts = np.empty(len(rows), dtype=np.int64)  # of every window, in its row

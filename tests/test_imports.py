@@ -49,6 +49,7 @@ LEVELS = {
         "doctor_verb",
         "rows",
         "loading",
+        "batching",
         "collate",
         "data",
         "history",

@@ -6,6 +6,9 @@ agrees on the bytes. All of it is cumulative sums and one binary search, so it c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from kd_kit.types import Alignment
@@ -56,6 +59,67 @@ def align(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Alignment:
     return Alignment(index, aligned, boundaries, index[boundaries])
 
 
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths, one behind the other in one array.
+
+    Attributes:
+        values: [n] of any dtype. starts: [R + 1] int64, where each row begins; the last is n.
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> Ragged:
+        """These rows; at least one."""
+        return cls(np.concatenate(rows), starts_of([len(row) for row in rows]))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[R] int64, the length of every row."""
+        return np.diff(self.starts)
+
+    def row_of(self) -> np.ndarray:
+        """[n] int64, the row that every value stands in."""
+        return np.repeat(np.arange(len(self.starts) - 1), self.counts)
+
+
+def starts_of(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """[R + 1] int64, where rows of these lengths begin in one array, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def align_many(student_ends: Ragged, teacher_ends: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`align` for many texts at once: of short ones it takes a small part of the time of as many calls.
+
+    Args:
+        student_ends, teacher_ends: byte ends, a text a row.
+
+    Returns:
+        ``teacher_index`` and ``aligned`` of :class:`Alignment`, [n] each, row behind row; the index counts within its
+        row.
+
+    Raises:
+        ValueError: ends that decrease.
+    """
+    sides = (student_ends, teacher_ends)
+    # the texts one after the other, with a byte between them so that no two of them meet at one
+    last = np.maximum(*map(_last_of_rows, sides))
+    before = starts_of(last + 1)[:-1]
+    whole = align(*(side.values + np.repeat(before, side.counts) for side in sides))
+    index = whole.teacher_index - np.repeat(teacher_ends.starts[:-1], student_ends.counts)
+    return np.maximum(index, -1), whole.aligned
+
+
+def _last_of_rows(rows: Ragged) -> np.ndarray:
+    """[R], the last value of every row, 0 of an empty one."""
+    out = np.zeros(len(rows.starts) - 1, dtype=np.int64)
+    there = rows.counts > 0
+    out[there] = rows.values[rows.starts[1:][there] - 1]
+    return out
+
+
 def cut_windows(
     student_ends: np.ndarray, teacher_ends: np.ndarray, *, length: int, stride: int | None = None
 ) -> np.ndarray:
@@ -76,17 +140,49 @@ def cut_windows(
     Raises:
         ValueError: ``length`` below 1, or a ``stride`` outside 1 .. ``length``.
     """
+    return cut_many(Ragged.of([student_ends]), Ragged.of([teacher_ends]), length=length, stride=stride)[:, 1:]
+
+
+def cut_many(student_ends: Ragged, teacher_ends: Ragged, *, length: int, stride: int | None = None) -> np.ndarray:
+    """:func:`cut_windows` for many documents at once.
+
+    Shapes:
+        returns: [W, 4] int64, the number of its document and the three bytes of every window, document by document
+
+    Raises:
+        ValueError: as :func:`cut_windows`.
+    """
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(
             f"cut_windows: expected 1 <= stride <= length, got stride {stride} and length {length}; "
             "a longer stride would leave bytes out"
         )
-    alignment = align(student_ends, teacher_ends)
-    # token counts on both sides at every common boundary, with the document's start as boundary 0
-    s = np.concatenate([[0], alignment.student_boundaries + 1])
-    t = np.concatenate([[0], alignment.teacher_boundaries + 1])
-    at = np.concatenate([[0], student_ends[alignment.student_boundaries]]).astype(np.int64)
+    index, aligned = align_many(student_ends, teacher_ends)
+    student_boundaries = np.flatnonzero(aligned)
+    row = student_ends.row_of()[student_boundaries]
+    # token counts on both sides at every common boundary
+    student = student_boundaries + 1 - student_ends.starts[row]
+    teacher = index[student_boundaries] + 1
+    at = student_ends.values[student_boundaries]
+    ends = np.cumsum(np.bincount(row, minlength=len(student_ends.starts) - 1))
+    found, begin = [], 0
+    for number, end in enumerate(ends.tolist()):
+        inside = slice(begin, end)
+        if begin == end:
+            continue
+        if student[end - 1] <= length and teacher[end - 1] <= length:  # all of it is one window
+            found.append([(number, 0, 0, at[end - 1])])
+        else:
+            found.append([(number, *w) for w in _cut(student[inside], teacher[inside], at[inside], length, stride)])
+        begin = end
+    return np.array([w for windows in found for w in windows], dtype=np.int64).reshape(-1, 4)
+
+
+def _cut(student, teacher, at, length: int, stride: int) -> list[tuple[int, int, int]]:
+    """The windows of one document, from the token counts and bytes of its common boundaries."""
+    # with the document's start as boundary 0
+    s, t, at = (np.concatenate([[0], some]) for some in (student, teacher, at))
     context = length - stride
 
     def reach(first: int) -> int:
@@ -105,4 +201,4 @@ def cut_windows(
             continue
         windows.append((at[first], at[here], at[end]))
         here = end
-    return np.array(windows, dtype=np.int64).reshape(-1, 3)
+    return windows

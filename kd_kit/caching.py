@@ -360,7 +360,7 @@ def _signals(trainer, live, windows: list[int]) -> Iterator[tuple[DistillBatch, 
     while at < len(order):
 
         def work(at=at):
-            batch = data.collate(order[at : at + trainer.micro_batch])
+            batch = data.collate(order[at : at + data.fitting(order[at:], trainer.micro_batch)])
             return batch, live.signal(batch.to(live.device)).to("cpu")
 
         batch, signal = trainer.within_memory(work, "teacher cache")

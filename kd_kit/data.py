@@ -7,6 +7,7 @@ nothing but a number.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ import numpy as np
 import torch
 
 from kd_kit import loading
-from kd_kit.align import align, byte_ends, cut_windows
+from kd_kit.align import Ragged, byte_ends, cut_many, starts_of
+from kd_kit.batching import Batching
+from kd_kit.collate import Collator, Side
+from kd_kit.packing import LEAST_SAVED
 from kd_kit.pair import TokenizerPair
 from kd_kit.rows import (
     MAX_CHARACTERS,
@@ -28,9 +32,9 @@ from kd_kit.rows import (
     save_refused,
     unencodable,
 )
-from kd_kit.types import IGNORE, DistillBatch
-from kd_kit.vocab import Vocabulary
+from kd_kit.types import DistillBatch
 
+_DOCUMENTS_AT_ONCE = 4096  # whose tokens are looked through together
 _ENCODE_AT_ONCE = 32  # documents per call of a tokenizer: bounds memory, costs nothing
 
 
@@ -42,25 +46,59 @@ class _Document:
     teacher_ends: np.ndarray
 
 
-def _encoded(pair: TokenizerPair, texts: list[str]) -> list:
-    """As ``pair.encode``, with the error in the place of a text on which a tokenizer raises."""
+def _encoded(pair: TokenizerPair, texts: list[str]) -> list[_Document | Exception | None]:
+    """The documents of these texts; None or the error where ``pair.encode`` gives nothing or raises."""
     try:
-        return pair.encode([pair.normalise(t) for t in texts])
+        return [
+            None
+            if both is None
+            else _Document(both[0].astype(np.int32), byte_ends(both[1]), both[2].astype(np.int32), byte_ends(both[3]))
+            for both in pair.encode([pair.normalise(t) for t in texts])
+        ]
     except MemoryError:
         raise
     except Exception as error:
         return [error] if len(texts) == 1 else [one for t in texts for one in _encoded(pair, [t])]
 
 
-def _white_space_runs(vocab: Vocabulary) -> np.ndarray:
-    """[size] bool, tokens of two or more bytes that are all white space."""
-    return np.array([len(token) > 1 and not token.strip(b" \t\r\n") for token in vocab.tokens])
+def _cuts(documents: list[_Document | Exception | None], *, length: int, stride: int | None) -> list[np.ndarray]:
+    """The windows of every document, [W, 3] as of :func:`kd_kit.align.cut_windows`; none of what is no document."""
+    out = [np.zeros((0, 3), dtype=np.int64)] * len(documents)
+    there = [n for n, document in enumerate(documents) if isinstance(document, _Document)]
+    if there:
+        student = Ragged.of([documents[n].student_ends for n in there])
+        teacher = Ragged.of([documents[n].teacher_ends for n in there])
+        table = cut_many(student, teacher, length=length, stride=stride)
+        borders = np.searchsorted(table[:, 0], np.arange(1, len(there)))
+        for n, windows in zip(there, np.split(table[:, 1:], borders), strict=True):
+            out[n] = windows
+    return out
 
 
 def _tokens_between(ends: np.ndarray, first: int, last: int) -> slice:
     """The tokens that cover bytes ``first`` to ``last``; both are token ends (or the document's start)."""
     begin = np.searchsorted(ends, first, side="right") if first else 0
     return slice(int(begin), int(np.searchsorted(ends, last, side="right")))
+
+
+def _side(documents: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray, start_id: int | None) -> Side:
+    """One side of windows.
+
+    Args:
+        documents: of every window the tokens and byte ends of its document. rows: the windows' rows of the table.
+    """
+    ids, ends, counts = [], [], []
+    start = [np.array([start_id])] if start_id is not None else []
+    for (tokens, at), (_, first, _, last) in zip(documents, rows, strict=True):
+        part = _tokens_between(at, first, last)
+        ids += [*start, tokens[part]]
+        ends += [*start, at[part]]
+        counts.append(part.stop - part.start + len(start))
+    both = Ragged(np.concatenate(ids, dtype=np.int64), starts_of(counts))
+    at = np.concatenate(ends) - np.repeat(rows[:, 1], counts)
+    if start:
+        at[both.starts[:-1]] = 0
+    return Side(both, at)
 
 
 class WindowSet(torch.utils.data.Dataset):
@@ -80,7 +118,7 @@ class WindowSet(torch.utils.data.Dataset):
         self.pair = pair
         self.window = window
         self.report = report
-        self._runs = [_white_space_runs(v) for v in (pair.student_vocab, pair.teacher_vocab)]
+        self._collator = Collator(pair)
         self.documents: list[_Document] = []
         table = []
         # a document-start token takes one place of every window
@@ -89,18 +127,17 @@ class WindowSet(torch.utils.data.Dataset):
         for start in range(0, len(texts), _ENCODE_AT_ONCE):
             several = slice(start, start + _ENCODE_AT_ONCE)
             rows = list(zip(report.kept[several], texts[several], strict=True))
-            for (row, text), both in zip(rows, _encoded(pair, texts[several]), strict=True):
+            encoded = _encoded(pair, texts[several])
+            cuts = _cuts(encoded, length=room, stride=skip)
+            for (row, text), both, windows in zip(rows, encoded, cuts, strict=True):
                 if both is None or isinstance(both, Exception):
                     report.refuse(NOT_GIVEN_BACK if both is None else unencodable(both), row, text)
                     continue
-                s_ids, s_len, t_ids, t_len = both
-                document = _Document(s_ids.astype(np.int32), byte_ends(s_len), t_ids.astype(np.int32), byte_ends(t_len))
-                cuts = cut_windows(document.student_ends, document.teacher_ends, length=room, stride=skip)
-                if len(cuts) == 0:
+                if len(windows) == 0:
                     report.refuse(NO_BOUNDARIES, row, text)
                     continue
-                table.append(np.column_stack([np.full(len(cuts), len(self.documents)), cuts]))
-                self.documents.append(document)
+                table.append(np.column_stack([np.full(len(windows), len(self.documents)), windows]))
+                self.documents.append(both)
             report.used = len(self.documents)
             if check is not None and several.stop < len(texts):
                 check()
@@ -115,6 +152,26 @@ class WindowSet(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> int:
         return int(index)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """[W, 2] int64, tokens of every window, the student's and the teacher's, document-start tokens included."""
+        out = np.zeros((len(self), 2), dtype=np.int64)
+        for start in range(0, len(self.documents), _DOCUMENTS_AT_ONCE):
+            some = self.documents[start : start + _DOCUMENTS_AT_ONCE]
+            rows = slice(*np.searchsorted(self.table[:, 0], [start, start + len(some)]))
+            document, first, _, last = self.table[rows].T
+            for side, ends in enumerate(([d.student_ends for d in some], [d.teacher_ends for d in some])):
+                tokens = Ragged.of(ends)
+                before = starts_of([int(one[-1]) + 1 for one in ends])  # one document after the other
+                keys = tokens.values + np.repeat(before[:-1], tokens.counts)
+                at = before[document - start]
+                begin = np.where(
+                    first > 0, np.searchsorted(keys, at + first, side="right"), tokens.starts[document - start]
+                )
+                out[rows, side] = np.searchsorted(keys, at + last, side="right") - begin
+        starts = self.pair.student_vocab.start_id, self.pair.teacher_vocab.start_id
+        return out + np.array([start is not None for start in starts])
 
     @property
     def scored_bytes(self) -> int:
@@ -136,168 +193,87 @@ class WindowSet(torch.utils.data.Dataset):
         ids = doc.student_ids[_tokens_between(doc.student_ends, first, last)]
         return self.pair.student_vocab.bytes_of(ids).decode(errors="replace")
 
-    def _side(self, index: int, ids: np.ndarray, ends: np.ndarray, start_id: int | None):
-        """Ids and byte ends of one side of a window, the document-start token included."""
-        _, first, _, last = self.table[index]
-        part = _tokens_between(ends, first, last)
-        ids, ends = ids[part].astype(np.int64), ends[part] - first
-        if start_id is not None:
-            ids, ends = np.concatenate([[start_id], ids]), np.concatenate([[0], ends])
-        return ids, ends
+    def _sides(self, indices: Sequence[int]) -> tuple[Side, Side]:
+        """The student's and the teacher's side of these windows, the document-start token included."""
+        rows = self.table[indices]
+        documents = [self.documents[number] for number in rows[:, 0]]
+        return (
+            _side([(d.student_ids, d.student_ends) for d in documents], rows, self.pair.student_vocab.start_id),
+            _side([(d.teacher_ids, d.teacher_ends) for d in documents], rows, self.pair.teacher_vocab.start_id),
+        )
 
     def ids(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The student's and the teacher's tokens of a window, int64, the document-start token included."""
-        doc = self.documents[self.table[index, 0]]
-        student, _ = self._side(index, doc.student_ids, doc.student_ends, self.pair.student_vocab.start_id)
-        teacher, _ = self._side(index, doc.teacher_ids, doc.teacher_ends, self.pair.teacher_vocab.start_id)
-        return student, teacher
-
-    def _prefixes(self, s_ids, s_ends, t_ids, t_ends, matched, predicts) -> np.ndarray:
-        """For every position of a window but the last: depth and token range of ``DistillBatch.prefix``, [T - 1, 3].
-
-        Depth -1 where the teacher has nothing to say: no target, or its next token is a mark and not text. Depth -2
-        where the two tokenizers cut a run of white space differently, as they do all through indented code.
-        """
-        vocab, bridge = self.pair.teacher_vocab, self.pair.bridge
-        out = np.zeros((len(predicts), 3), np.int64)
-        at = matched.teacher_index[:-1]
-        known = predicts & (at >= 0) & (at < len(t_ids) - 1)
-        # The first token of a text may have been written with a space that the text has not, and so have a byte more
-        # than it covers. What the student must say next is then not what the teacher's table was made for.
-        ours = self.pair.student_vocab.lengths[s_ids[1:]] - np.diff(s_ends)
-        theirs = np.append(vocab.lengths[t_ids[1:]] - np.diff(t_ends), 0)[at]
-        out[~known | (ours > theirs), 0] = -1
-        extra = theirs - ours
-        follows = np.append(t_ids[1:], 0)[at]
-        run = self._runs[0][s_ids[1:]] | self._runs[1][follows]
-        alike = matched.aligned[:-1] & (self.pair.identical[follows] == s_ids[1:])  # the same bytes at the same byte
-        out[(out[:, 0] == 0) & run & ~alike, 0] = -2
-        for i in np.flatnonzero((out[:, 0] == 0) & (~matched.aligned[:-1] | (extra > 0))):
-            token = int(t_ids[at[i] + 1])
-            depth = int(s_ends[i] - t_ends[at[i]] + extra[i])
-            if token in vocab.special:
-                out[i, 0] = -1
-            else:
-                out[i] = (depth, *bridge.span(token, depth))
-        return out
+        student, teacher = self._sides([index])
+        return student.ids, teacher.ids
 
     def collate(self, indices: Sequence[int]) -> DistillBatch:
         """The batch of these windows, padded on the right to the longest."""
-        items = []
-        for index in indices:
-            doc = self.documents[self.table[index, 0]]
-            s_ids, s_ends = self._side(index, doc.student_ids, doc.student_ends, self.pair.student_vocab.start_id)
-            t_ids, t_ends = self._side(index, doc.teacher_ids, doc.teacher_ends, self.pair.teacher_vocab.start_id)
-            matched = align(s_ends, t_ends)
-            # both sides are charged for the same bytes: from the first byte that both can predict, and not for
-            # bytes that are there as context only
-            boundary = s_ends[matched.student_boundaries[0]] if len(matched.student_boundaries) else np.inf
-            scored = max(boundary, self.table[index, 2] - self.table[index, 1])
-            items.append((s_ids, s_ends, t_ids, t_ends, matched, scored))
-        b = len(items)
-        t = max(len(i[0]) for i in items)
-        s = max(len(i[2]) for i in items)
-        c = max(max(i[4].spans for i in items), 1)
-        student_ids = np.full((b, t), self.pair.student_vocab.pad_id)
-        teacher_ids = np.full((b, s), self.pair.teacher_vocab.pad_id)
-        targets, teacher_targets = np.full((b, t), IGNORE), np.full((b, s), IGNORE)
-        target_bytes, teacher_index = np.zeros((b, t), np.int64), np.zeros((b, t), np.int64)
-        aligned = np.zeros((b, t), bool)
-        span_student, span_teacher = np.zeros((b, c + 1), np.int64), np.zeros((b, c + 1), np.int64)
-        span_mask = np.zeros((b, c), bool)
-        taught, same, prefix = np.zeros((b, t), bool), np.zeros((b, t), bool), []
-        whitespace, span_rows = np.zeros(b, np.int64), []
-        for n, (s_ids, s_ends, t_ids, t_ends, matched, scored) in enumerate(items):
-            i, j = len(s_ids), len(t_ids)
-            student_ids[n, :i], teacher_ids[n, :j] = s_ids, t_ids
-            predicts = s_ends[:-1] >= scored
-            targets[n, : i - 1] = np.where(predicts, s_ids[1:], IGNORE)
-            target_bytes[n, : i - 1] = np.where(predicts, np.diff(s_ends), 0)
-            teacher_targets[n, : j - 1] = np.where(t_ends[:-1] >= scored, t_ids[1:], IGNORE)
-            teacher_index[n, :i] = np.maximum(matched.teacher_index, 0)
-            found = self._prefixes(s_ids, s_ends, t_ids, t_ends, matched, predicts)
-            aligned[n, : i - 1] = found[:, 0] == 0
-            taught[n, : i - 1] = found[:, 0] >= 0
-            prefix.append(found[found[:, 0] >= 0])
-            whitespace[n] = (found[:, 0] == -2).sum()
-            follows = np.append(t_ids[1:], 0)[matched.teacher_index[:-1]]  # the teacher's next token
-            same[n, : i - 1] = aligned[n, : i - 1] & (self.pair.identical[follows] == s_ids[1:])
-            if matched.spans:
-                k = matched.spans
-                span_student[n], span_teacher[n] = matched.student_boundaries[-1], matched.teacher_boundaries[-1]
-                span_student[n, : k + 1] = matched.student_boundaries
-                span_teacher[n, : k + 1] = matched.teacher_boundaries
-                span_mask[n, :k] = s_ends[matched.student_boundaries[:-1]] >= scored
-            ends = np.stack([n * t + span_student[n, 1:], n * s + span_teacher[n, 1:]], axis=-1)
-            span_rows.append(ends[span_mask[n]])
-        arrays = (
-            student_ids,
-            targets,
-            target_bytes,
-            teacher_ids,
-            teacher_targets,
-            teacher_index,
-            aligned,
-            np.flatnonzero(targets.ravel() != IGNORE),
-            np.flatnonzero(aligned.ravel()),
-            taught,
-            np.flatnonzero(taught.ravel()),
-            np.concatenate(prefix),
-            same,
-            np.flatnonzero(same.ravel()),
-            whitespace,
-            span_student,
-            span_teacher,
-            span_mask,
-            np.concatenate(span_rows),
-            self.table[list(indices), 0],
-            np.array(list(indices), dtype=np.int64),
-        )
-        return DistillBatch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+        indices = np.array(list(indices), dtype=np.int64)
+        document, first, scored, _ = self.table[indices].T
+        return self._collator.batch(*self._sides(indices), scored - first, document.copy(), indices)
 
     def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[DistillBatch]:
         """Batches for evaluation: all windows, or ``limit`` of them spread evenly over the set.
 
-        Sorted by length, so that little is padded.
+        Sorted by length, so that little is padded; of short windows twice or more times as many, where they fit into
+        the places of ``batch_size`` full ones.
         """
         chosen = np.arange(len(self))
         if limit is not None and limit < len(self):
             chosen = np.unique(np.linspace(0, len(self) - 1, limit).round().astype(int))
         size = self.table[chosen, 3] - self.table[chosen, 1]
         chosen = chosen[np.argsort(size, kind="stable")]
-        for start in range(0, len(chosen), batch_size):
-            yield self.collate(chosen[start : start + batch_size])
+        start = 0
+        while start < len(chosen):
+            count = self.fitting(chosen[start:], batch_size)
+            yield self.collate(chosen[start : start + count])
+            start += count
+
+    def fitting(self, ranked: np.ndarray, batch_size: int) -> int:
+        """How many of the first of these windows, ranked by length, fit into the places of ``batch_size`` full ones.
+
+        A multiple of ``batch_size``, so that full windows come in the batches that they always came in.
+        """
+        times = 1
+        while times * batch_size < len(ranked):
+            longest = self.lengths[ranked[: (times + 1) * batch_size]].max()
+            if (times + 1) * longest > self.window:
+                break
+            times += 1
+        return times * batch_size
 
 
 class DistillData:
     """Training and held-out windows of a pair of tokenizers. Made by :func:`build_data`.
 
     Attributes:
-        pair: the tokenizers. window: tokens of a window on either side, at most. batch_size: windows per batch.
+        pair: the tokenizers. window: tokens of a window on either side, at most. batch_size: windows, or rows of them,
+            per batch. batching: which windows share a batch, and how much of it is padding.
         train, held_out: :class:`WindowSet`.
     """
 
-    def __init__(self, train: WindowSet, held_out: WindowSet, *, batch_size: int):
+    def __init__(self, train: WindowSet, held_out: WindowSet, *, batch_size: int, pack: bool | None = None):
         self.pair = train.pair
         self.window = train.window
         self.batch_size = batch_size
         self.train = train
         self.held_out = held_out
-        self._order: tuple = (None, None)
+        self.batching = Batching(train.lengths, window=train.window, batch_size=batch_size, pack=pack)
+
+    @property
+    def unit(self) -> str:
+        """What a batch has ``batch_size`` of: "windows", or "rows" of windows side by side."""
+        return "rows" if self.batching.arrangement == "rows" else "windows"
 
     @property
     def batches_per_epoch(self) -> int:
         """Whole batches in one pass; a set smaller than a batch is one batch."""
-        return max(len(self.train) // self.batch_size, 1)
+        return self.batching.per_epoch
 
     def indices(self, seed: int, position: int) -> np.ndarray:
         """The windows of batch number ``position``: a pure function of (seed, epoch, place within the epoch)."""
-        epoch, place = divmod(position, self.batches_per_epoch)
-        remembered = self._order  # for speed only; read once, as several threads may ask
-        if remembered[0] != (seed, epoch):
-            order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(self.train))
-            self._order = remembered = ((seed, epoch), order)
-        return remembered[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return self.batching.indices(seed, position)
 
     def batches(
         self,
@@ -326,6 +302,8 @@ class DistillData:
     def fingerprint(self) -> str:
         """Hash of everything that decides which batch is which: tokens, windows, sizes."""
         digest = hashlib.sha256(f"{self.window} {self.batch_size} {self.pair.fingerprint}".encode())
+        if self.batching.arrangement != "shuffled":
+            digest.update(self.batching.arrangement.encode())
         for windows in (self.train, self.held_out):
             digest.update(np.ascontiguousarray(windows.table).tobytes())
             for document in windows.documents:
@@ -345,10 +323,19 @@ class DistillData:
             )
             if windows.report.refused:
                 lines.append("          " + repr(windows.report).replace("\n", "\n          "))
+        batching, rows = self.batching, ""
+        if self.unit == "rows":
+            rows = f", {len(self.train) / (len(batching.units.starts) - 1):.1f} windows side by side in each"
         lines.append(
-            f"batches   {self.batch_size} windows of at most {self.window} tokens on either side, "
+            f"batches   {self.batch_size} {self.unit} of at most {self.window} tokens on either side{rows}, "
             f"{self.batches_per_epoch:,} per epoch"
         )
+        how = {"shuffled": "", "rows": " in rows", "lengths": " with windows of like length together"}
+        if batching.arrangement != "shuffled" or batching.padding > LEAST_SAVED:
+            lines.append(
+                f"padding   {batching.padding:.0%} of all places in shuffled batches, "
+                f"{batching.measured_padding():.0%}{how[batching.arrangement]}"
+            )
         return "\n".join(lines)
 
 
@@ -360,6 +347,7 @@ def build_data(
     column: str = "text",
     window: int = 512,
     batch_size: int = 8,
+    pack: bool | None = None,
     stride: int | None = None,
     maximum: int | None = None,
     seed: int = 0,
@@ -377,7 +365,10 @@ def build_data(
         held_out: texts to evaluate on, or the share of documents to set apart for it.
         column: where a ``datasets`` object keeps its text.
         window: tokens of a window, at most, on either side, the document-start token included.
-        batch_size: windows per batch (of one device; see ``accumulation`` of the trainer for more).
+        batch_size: windows, or rows of them, per batch (of one device; see ``accumulation`` of the trainer for more).
+        pack: put short windows side by side into rows of ``window`` tokens, and ``batch_size`` rows into a batch. Left
+            out: where shuffled batches would be more than a tenth padding. False: windows of like length share a
+            batch there, which then holds fewer tokens; for a model that does not keep windows in one row apart.
         stride: tokens that each held-out window scores; the rest of it is context. Half a window if left out.
         maximum: read no more than this many documents.
         seed: of the choice of held-out documents.
@@ -423,7 +414,7 @@ def build_data(
     finally:
         if quarantine is not None:
             save_refused(quarantine, [report, held_report])
-    return DistillData(train, held, batch_size=batch_size)
+    return DistillData(train, held, batch_size=batch_size, pack=pack)
 
 
 def _set_apart(

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from kd_kit.data import WindowSet
-from kd_kit.head import Given, LogitRows, alone_with, body_of, head_losses, head_of
+from kd_kit.head import Given, LogitRows, alone_with, head_losses, head_of
 from kd_kit.losses import forward_kl
+from kd_kit.packed_body import hidden_states
 from kd_kit.readings import Needs
 from kd_kit.table import Table
 from kd_kit.teacher import LiveTeacher, default_reading
@@ -87,9 +88,10 @@ def score(model, windows: WindowSet, *, side: str = "student", batch_size: int =
             size += int(batch.target_bytes.sum())
             targets = (batch.targets if side == "student" else batch.teacher_targets).flatten()
             ids = batch.student_ids if side == "student" else batch.teacher_ids
+            packed = batch.student_packed if side == "student" else batch.teacher_packed
             rows = (targets != IGNORE).nonzero().squeeze(-1)
             with alone_with(model):
-                hidden = body_of(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state
+                hidden = hidden_states(model, ids.to(device), packed.to(device))
             values = head_losses(
                 hidden.flatten(0, 1)[rows.to(device)],
                 head_of(model),
@@ -172,8 +174,7 @@ def agreement(
             for name, student in students.items():
                 device = next(student.parameters()).device
                 rows = batch.aligned_rows.to(device)
-                body = body_of(student)
-                hidden = body(input_ids=batch.student_ids.to(device), use_cache=False).last_hidden_state
+                hidden = hidden_states(student, batch.student_ids.to(device), batch.student_packed.to(device))
                 values = head_losses(
                     hidden.flatten(0, 1)[rows],
                     head_of(student),

@@ -14,7 +14,7 @@ import shutil
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -360,6 +360,7 @@ def read_fault(folder: str | os.PathLike[str]) -> tuple[Fault, list[DistillBatch
     path = Path(folder)
     content = _read(path)
     names = {f.name for f in fields(DistillBatch)}
+    needed = {f.name for f in fields(DistillBatch) if f.default_factory is MISSING}
     batches = []
     for place in range(content["batches"]):
         file = path / f"batch-{place}.safetensors"
@@ -367,7 +368,7 @@ def read_fault(folder: str | os.PathLike[str]) -> tuple[Fault, list[DistillBatch
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"read_fault: expected a batch in {str(file)!r}, got {error}") from error
-        if tensors.keys() != names:
+        if not needed <= tensors.keys() <= names:
             raise ValueError(f"read_fault: expected the tensors of a batch in {str(file)!r}, got others")
         batches.append(DistillBatch(**tensors))
     return Fault.from_json(content["fault"], path), batches

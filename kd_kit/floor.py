@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kd_kit.cached_teacher import CachedTeacher
-from kd_kit.head import alone_with, body_of
+from kd_kit.head import alone_with
 from kd_kit.module import DistillModule
+from kd_kit.packed_body import run_body
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, restore_rng
 from kd_kit.terms import lm_term
@@ -45,9 +46,9 @@ def teacher_pass(teacher: LiveTeacher | None, batch: DistillBatch) -> None:
     if not _is_asked(teacher):
         return
     with torch.inference_mode(), torch.autocast(teacher.device.type, enabled=False):
-        ids = batch.teacher_ids.to(teacher.device)
+        ids, packed = batch.teacher_ids.to(teacher.device), batch.teacher_packed.to(teacher.device)
         with alone_with(teacher.model):
-            body_of(teacher.model)(input_ids=ids, use_cache=False)
+            run_body(teacher.model, ids, packed)
 
 
 def text_loss(plain: DistillModule, batch: DistillBatch, accelerator, count: int) -> Tensor:

@@ -7,8 +7,7 @@ what the student may say next.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,11 +33,16 @@ class InsideBridge(Bridge):
         super().__init__(plain.table, plain.student_size, plain.shared)
         text = [t for t in range(teacher.size) if teacher.tokens[t] and t not in teacher.special]
         order = sorted(text, key=teacher.tokens.__getitem__)
+        rank = torch.full((teacher.size,), -1)  # special tokens continue no text
+        rank[torch.tensor(order)] = torch.arange(len(order))
+        in_order = [teacher.tokens[t] for t in order]
         own = {
             "_tokens": teacher.tokens,
             "_student": student,
-            "_sorted": [teacher.tokens[t] for t in order],
-            "_order": torch.tensor(order),  # special tokens continue no text
+            "_lengths": np.array([len(token) for token in in_order], dtype=np.int64),
+            "_shared": _shared_with_the_one_before(in_order),
+            "_rank": rank,
+            "_order": torch.tensor(order),
             "_orders": {},  # all filled as text asks for them
             "_homes": {},
             "_spans": {},
@@ -48,12 +52,26 @@ class InsideBridge(Bridge):
 
     def span(self, token: int, depth: int) -> tuple[int, int]:
         """The tokens that start with the first ``depth`` bytes of ``token``, as a range of ranks in byte order."""
-        found = self._spans.get((token, depth))
-        if found is None:
-            prefix = self._tokens[token][:depth]
-            found = bisect_left(self._sorted, prefix), bisect_left(self._sorted, _after(prefix))
-            self._spans[token, depth] = found
-        return found
+        ((first, last),) = self.spans(np.array([token]), np.array([depth])).tolist()
+        return first, last
+
+    def spans(self, tokens: np.ndarray, depths: np.ndarray) -> np.ndarray:
+        """:meth:`span` of many tokens, none of them special.
+
+        Shapes:
+            tokens, depths: [n] int64
+            returns: [n, 2] int64
+        """
+        rank = self._rank.numpy()[tokens]
+        # a token without bytes has no rank, and all tokens start like it
+        depths = np.where(rank < 0, 0, np.minimum(depths, self._lengths[rank]))
+        out = np.empty((len(tokens), 2), dtype=np.int64)
+        for depth in np.unique(depths).tolist():
+            if depth not in self._spans:
+                self._spans[depth] = _runs(self._shared < depth)
+            some = depths == depth
+            out[some] = self._spans[depth][rank[some]]
+        return out
 
     def homes(self, depth: int, device: torch.device | str = "cpu") -> Tensor:
         """[U] int64, the student's home of every teacher token without its first ``depth`` bytes."""
@@ -83,7 +101,24 @@ class InsideBridge(Bridge):
         return added_up(kept, self.homes(depth, device)[tokens], self.student_size + 1)
 
 
-def _after(prefix: bytes) -> bytes:
-    """A byte string that is larger than all tokens that start with ``prefix`` and no larger than any other."""
-    kept = prefix.rstrip(b"\xff")  # UTF-8 has no such byte, a vocabulary may
-    return kept[:-1] + bytes([kept[-1] + 1]) if kept else prefix + b"\xff" * 256
+def _shared_with_the_one_before(tokens: list[bytes]) -> np.ndarray:
+    """[n] int64, how many first bytes each of the tokens has in common with the one before it; -1 for the first."""
+    lengths = np.array([len(token) for token in tokens], dtype=np.int64)
+    text, starts = np.frombuffer(b"".join(tokens), dtype=np.uint8), np.cumsum(lengths) - lengths
+    shared = np.zeros(len(tokens), dtype=np.int64)
+    shared[:1] = -1
+    alike = np.arange(1, len(tokens))
+    while len(alike):
+        at = shared[alike]
+        alike = alike[np.minimum(lengths[alike], lengths[alike - 1]) > at]
+        at = shared[alike]
+        alike = alike[text[starts[alike] + at] == text[starts[alike - 1] + at]]
+        shared[alike] += 1
+    return shared
+
+
+def _runs(begins: np.ndarray) -> np.ndarray:
+    """[n, 2] int64, for every place the range between the last of ``begins`` up to it and the next one."""
+    first = np.flatnonzero(begins)
+    edges = np.stack([first, np.append(first[1:], len(begins))], axis=-1)
+    return edges[np.cumsum(begins) - 1]

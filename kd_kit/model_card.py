@@ -43,7 +43,7 @@ def model_card(trainer, report: Report | None = None, *, teacher: str, student: 
         "## How it was trained",
         "",
         f"- Steps: {trainer.step:,} of {trainer.total_steps:,}, {trainer.tokens:,} tokens of the student, windows of "
-        f"{data.window}, {windows} windows per step.",
+        f"{data.window}, {windows} {data.unit} per step.",
         f"- Text: {len(data.train.documents):,} documents; {len(data.held_out.documents):,} more were held out.",
         f"- Learning rate: {plain(settings['learning_rate'])} at its highest, AdamW, weight decay "
         f"{plain(settings['weight_decay'])}; precision {trainer.session.precision!r}; seed {settings['seed']}.",

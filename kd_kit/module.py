@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_kit.gradients import gradient_products, meeting_layer
-from kd_kit.head import Given, body_of, head_losses, head_of
+from kd_kit.head import Given, head_losses, head_of
+from kd_kit.packed_body import run_body
 from kd_kit.readings import Needs, Reading
 from kd_kit.reduce import masked_sum
 from kd_kit.taps import Taps
@@ -78,12 +79,13 @@ class DistillModule(nn.Module):
         taps = Taps(self.student, states=sorted(wanted), attention=sorted(needs.student_attention))
         embedded = _Kept(self.student.get_input_embeddings()) if layer == 0 else contextlib.nullcontext()
         with taps, embedded:
-            hidden = body_of(self.student)(input_ids=batch.student_ids, use_cache=False).last_hidden_state
+            hidden, back = run_body(self.student, batch.student_ids, batch.student_packed)
         return StudentOutput(
-            hidden,
+            back(hidden),
             head_of(self.student),
-            {n: taps.states[n] for n in sorted(needs.student_states)},
-            {n: taps.attention[n] for n in sorted(needs.student_attention)},
+            {n: back(taps.states[n]) for n in sorted(needs.student_states)},
+            {n: {kind: back(t) for kind, t in taps.attention[n].items()} for n in sorted(needs.student_attention)},
+            # in the rows that the model ran: what the terms see is made from these, gradients come back to them
             None if not meet else hidden if layer is None else taps.states[layer] if layer else embedded.output,
         )
 

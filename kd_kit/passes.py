@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kd_kit.gradients import gradient_at
 from kd_kit.module import DistillModule
+from kd_kit.packed_body import Back
 from kd_kit.readings import Needs
 from kd_kit.taps import layers_of
 from kd_kit.teacher import LiveTeacher
@@ -50,7 +51,7 @@ class KeptTeacher(LiveTeacher):
         super().__init__(teacher.model, teacher.bridge, Needs(), more_experts=teacher.more_experts)
         self.batch = batch
         self._said = TeacherSignal()
-        self._hidden: list[Tensor] = []  # of the pass, and of the one with more experts
+        self._hidden: list[tuple[Tensor, Back]] = []  # of the pass, and of the one with more experts
         self._called, self._anew = 0, False
 
     def ask(self, needs: Needs, more: Needs | None = None) -> TeacherSignal:
@@ -92,7 +93,7 @@ class KeptTeacher(LiveTeacher):
             }
         )
 
-    def _body(self, batch: DistillBatch) -> Tensor:
+    def _body(self, batch: DistillBatch) -> tuple[Tensor, Back]:
         place, self._called = self._called, self._called + 1
         if self._anew or place >= len(self._hidden):
             self._hidden[place : place + 1] = [super()._body(batch)]
@@ -137,7 +138,8 @@ class Passes:
         self.trainer = trainer
         self._graph = graph
         self.on_host = batch  # where counting positions waits for no device
-        self.batch = batch.to(trainer.session.device)
+        # windows in rows of their own: gradients may meet at any state, and all of them have one shape
+        self.batch = batch.unpacked().to(trainer.session.device)
         self.teacher = None if trainer.teacher is None else KeptTeacher(trainer.teacher, self.batch)
         self._more = more or Needs()
         self._kept = Needs()

@@ -6,9 +6,14 @@ import math
 
 from kd_kit.callbacks import EarlyStopping, PrintLines
 from kd_kit.facts import FAIL, LOOK, NOT_FINITE, OK, Facts, Found, percent, pulls
+from kd_kit.packed_body import why_not_packed
+from kd_kit.packing import LEAST_SAVED
 
 LINES = 400
 """Printed by a run, without alarms, at most."""
+
+PADDING = 0.2
+"""Share of the places of batches that may be padding."""
 
 PATIENCE = 20
 """Evaluations without a new best that early stopping waits for, at least."""
@@ -139,6 +144,30 @@ def stopping(facts: Facts) -> Found:
         f"while. EarlyStopping(patience={PATIENCE}) or more"
     )
     return measured, FAIL if acts else LOOK, cure
+
+
+def padding(facts: Facts) -> Found | None:
+    """Whether the models compute on text and not on padding; no line where windows are nearly all full."""
+    one, batching = facts.trainer, facts.trainer.data.batching
+    if batching.padding <= LEAST_SAVED:
+        return None
+    models = {"student": one.student} | ({} if one.teacher is None else {"teacher": one.teacher.model})
+    mixing = [who for who, model in models.items() if why_not_packed(model, one.data.window) is not None]
+    share = batching.measured_padding(packed=not mixing)
+    measured = f"{share:.0%} of all places"
+    if share <= PADDING:
+        return measured, OK, ""
+    if mixing:
+        said = f"the {' and the '.join(mixing)} cannot hold several windows in one row apart"
+    else:
+        said = "few windows fit side by side into one row"
+    cure = (
+        f"{said}, so that much is computed for nothing: build_data(pack=False), which gives a batch windows of like "
+        "length"
+    )
+    if batching.arrangement == "lengths":
+        cure = f"{said}, and lengths differ much: join short texts into documents, or take a smaller batch_size="
+    return measured, LOOK, cure
 
 
 def _round_up(count: int) -> int:

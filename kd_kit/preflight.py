@@ -92,6 +92,7 @@ _CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("top K cells", "K < V, tail under 10%", trial_checks.top_k),
     ("learning rate", "as planned, never 0", plan_checks.rate),
     ("positions", "50% taught", trial_checks.heard),
+    ("padding", f"under {plan_checks.PADDING:.0%}", plan_checks.padding),
     ("held-out text", "teacher below student", trial_checks.better),
     ("gradient reaches", "all that is trained", trial_checks.reaches),
     ("gradient shares", "1% to 90% each", trial_checks.gradient_shares),

@@ -49,7 +49,7 @@ class Recovery:
     """The part of a :class:`kd_kit.trainer.Trainer` that gets over steps that fail.
 
     Attributes:
-        micro_batch: windows that go through the models at once.
+        micro_batch: windows, or rows of windows, that go through the models at once.
         returns: how often the run went back to a checkpoint without getting past the step at which it failed.
         failed_at: that step.
     """
@@ -91,19 +91,16 @@ class Recovery:
             note = f"; {', '.join(others)} compares what is in them, so its value changes" if others else ""
             self._event(
                 "alarm",
-                f"out of memory in the {what}: {said}. From here on {self.micro_batch} windows at once instead of "
-                f"{before}, the same windows per step{note}",
+                f"out of memory in the {what}: {said}. From here on {self.micro_batch} {self.data.unit} at once "
+                f"instead of {before}, the same windows per step{note}",
             )
 
     def _pieces(self, batches: Sequence[DistillBatch]) -> list[DistillBatch]:
-        """The same windows, no more than ``micro_batch`` of them at once."""
+        """The same windows, no more than ``micro_batch`` of them, or rows of them, at once."""
         out = []
         for batch in batches:
-            if len(batch.sample) <= self.micro_batch:
-                out.append(batch)
-                continue
-            for some in batch.sample.split(self.micro_batch):
-                out.append(self.data.train.collate(some.tolist()))
+            groups = self.data.batching.split(batch.sample.tolist(), self.micro_batch)
+            out += [batch] if len(groups) == 1 else map(self.data.train.collate, groups)
         return out
 
     # --- numbers that are not finite ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ _FIXED = {
     "tokenizers": "the tokenizers",
     "window": "the window",
     "batch_size": "the batch size",
+    "packing": "the way in which windows share a batch, build_data(pack=...),",
     "data": "the text or the held-out text",
     "teacher": "the teacher",
     "student": "the student's shapes",
@@ -30,6 +31,7 @@ def run_config(trainer) -> dict:
     # what a trained part looks at: its statistics and maps would be those of something else
     looked_at = ("layers", "taps", "experts", "active", "scores", "method")
     parts = {t.name: {k: t.settings[k] for k in looked_at if k in t.settings} for t in trainer.terms if t.part}
+    arrangement = trainer.data.batching.arrangement
     teacher = None
     if trainer.teacher is not None:  # the same in any precision, and wherever it is kept
         model = trainer.teacher.model
@@ -42,6 +44,7 @@ def run_config(trainer) -> dict:
         "tokenizers": trainer.data.pair.fingerprint,
         "window": trainer.data.window,
         "batch_size": trainer.data.batch_size,
+        "packing": None if arrangement == "shuffled" else arrangement,
         "data": trainer.data.fingerprint,
         "teacher": teacher,
         "student": shapes,
@@ -116,7 +119,7 @@ def refuse_other_run(folder: Path, before: dict, config: dict) -> None:
     others = {key for key in _FIXED if before.get(key) != config[key]}
     if "terms" in others:  # with other terms there are other parts: that need not be said
         others.discard("parts")
-    if others & {"window", "batch_size"}:  # these decide it, too
+    if others & {"window", "batch_size", "packing"}:  # these decide it, too
         others.discard("data")
     changed = [
         f"{what} ({before.get(key)} -> {config[key]})" if isinstance(config[key], int) else what

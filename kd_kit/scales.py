@@ -240,7 +240,7 @@ def padded(batch: DistillBatch, student: int, teacher: int, *, pads: tuple[int, 
     flat = ("rows", "aligned_rows", "taught_rows", "same_rows")
     ends = torch.stack([moved(batch.span_rows[:, 0], t, student), moved(batch.span_rows[:, 1], s, teacher)], dim=-1)
     return replace(
-        batch,
+        batch.unpacked(),
         student_ids=wide(batch.student_ids, student, pads[0]),
         teacher_ids=wide(batch.teacher_ids, teacher, pads[1]),
         targets=wide(batch.targets, student, IGNORE),

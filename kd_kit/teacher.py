@@ -7,7 +7,8 @@ import contextlib
 import torch
 from torch import Tensor
 
-from kd_kit.head import Head, body_of, head_of
+from kd_kit.head import Head, head_of
+from kd_kit.packed_body import Back, run_body
 from kd_kit.readings import BridgeReading, Needs
 from kd_kit.routing import RoutingTap, more_experts
 from kd_kit.taps import Taps
@@ -82,11 +83,13 @@ class LiveTeacher:
             if needs.routing:
                 router = RoutingTap(self.model, sorted(needs.routing), scores=needs.routing_scores)
             with taps, router:
-                hidden = self._body(batch)
+                hidden, back = self._body(batch)
+            hidden = back(hidden)
             passes = [hidden]
             if self.more_experts is not None and (needs.readings or needs.span_log_probs):
                 with more_experts(self.model, self.more_experts):
-                    passes.append(self._body(batch))
+                    again, back_again = self._body(batch)
+                    passes.append(back_again(again))
             ends = batch.span_rows[:, 1]
             cells, span_log_probs = {}, None
             if needs.readings or needs.span_log_probs:
@@ -97,9 +100,11 @@ class LiveTeacher:
                 cells=cells,
                 row_states=self._aligned(batch, hidden) if needs.row_states else None,
                 span_log_probs=span_log_probs,
-                states={n: taps.states[n].flatten(0, 1)[ends].float() for n in sorted(needs.teacher_states)},
-                routing={n: router.probabilities[n].flatten(0, 1)[ends] for n in sorted(needs.routing)},
-                attention={n: taps.attention[n] for n in sorted(needs.teacher_attention)},
+                states={n: back(taps.states[n]).flatten(0, 1)[ends].float() for n in sorted(needs.teacher_states)},
+                routing={n: back(router.probabilities[n]).flatten(0, 1)[ends] for n in sorted(needs.routing)},
+                attention={
+                    n: {kind: back(t) for kind, t in taps.attention[n].items()} for n in sorted(needs.teacher_attention)
+                },
             )
         # tensors made in inference mode may not enter a graph; a copy made outside may
         return signal.mapped(lambda tensor: tensor.to(target).clone())
@@ -117,8 +122,8 @@ class LiveTeacher:
             self._some = whole.of(rows.to(whole.weight.device))
         return self._some
 
-    def _body(self, batch: DistillBatch) -> Tensor:
-        return body_of(self.model)(input_ids=batch.teacher_ids, use_cache=False).last_hidden_state
+    def _body(self, batch: DistillBatch) -> tuple[Tensor, Back]:
+        return run_body(self.model, batch.teacher_ids, batch.teacher_packed)
 
     def _aligned(self, batch: DistillBatch, hidden: Tensor) -> Tensor:
         window = batch.aligned_rows // batch.student_ids.shape[1]

@@ -523,7 +523,8 @@ class Trainer(Keeping, Steering, Recovery):
         return "\n".join(
             [
                 *lines,
-                f"{'plan':{wide}} {self.total_steps:,} steps of {per_step} windows each ({self._steps_done():,} done), "
+                f"{'plan':{wide}} {self.total_steps:,} steps of {per_step} {self.data.unit} each "
+                f"({self._steps_done():,} done), "
                 f"{self.total_steps * self.settings['accumulation'] / self.data.batches_per_epoch:.2f} epochs",
                 f"{'rate':{wide}} peak {self.settings['learning_rate']:g}, warm-up to step "
                 f"{max(1, round(self.lr_schedule.warmup * self.total_steps)):,}, decay from step "

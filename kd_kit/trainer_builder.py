@@ -13,6 +13,8 @@ from kd_kit.kd_terms import kd_term
 from kd_kit.learning_rate import LearningRate
 from kd_kit.models import check_model
 from kd_kit.module import all_needs
+from kd_kit.packed_body import why_not_packed
+from kd_kit.packing import LEAST_SAVED
 from kd_kit.session import Session, build_session
 from kd_kit.stages import Schedule, constant
 from kd_kit.teacher import LiveTeacher
@@ -181,6 +183,7 @@ def build_trainer(
                 pass  # refuses what the teacher cannot do before anything long begins
         # also without a term that needs it: to be compared with
         live = LiveTeacher(teacher, data.pair.bridge, all_needs(terms), more_experts=more_experts)
+    _say_what_is_run_padded(student, teacher, data)
     settings = {
         "learning_rate": learning_rate,
         "accumulation": accumulation,
@@ -208,6 +211,15 @@ def build_trainer(
         balance=balance,
         early_stopping=early_stopping,
     )
+
+
+def _say_what_is_run_padded(student, teacher, data: DistillData) -> None:
+    """Measure once whether the models keep windows in one row apart; a line where one does not and it costs."""
+    for who, model in (("student", student), ("teacher", teacher)):
+        why = None if model is None else why_not_packed(model, data.window)
+        if why is not None and data.batching.padding > LEAST_SAVED:
+            cure = "" if data.unit == "windows" else "; build_data(pack=False) gives it windows of like length"
+            print(f"build_trainer: the {who} runs every window padded in a row of its own, because {why}{cure}")
 
 
 def change_terms(trainer: Trainer, terms: Sequence[LossTerm]) -> str:

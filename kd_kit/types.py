@@ -18,7 +18,7 @@ where token ``i`` ends, and predicts token ``i + 1``. Targets are shifted once, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -107,6 +107,9 @@ class DistillBatch(OnDevice):
             last token: both models have then read the same bytes.
         document: [B] int64, the document that each window was cut from.
         sample: [B] int64, the index of each window in its data set.
+        student_packed, teacher_packed: [R, L] int64, rows in which several windows stand side by side: at every place
+            the flat index (b * T + t, b * S + t) of a token, -1 where there is none. [0, 0] where that would save
+            little, see :func:`kd_kit.packing.side_by_side`.
     """
 
     student_ids: Tensor
@@ -130,6 +133,13 @@ class DistillBatch(OnDevice):
     span_rows: Tensor
     document: Tensor
     sample: Tensor
+    student_packed: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+    teacher_packed: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+
+    def unpacked(self) -> DistillBatch:
+        """The same batch for models to run padded, each window a row."""
+        none = self.student_packed.new_zeros(0, 0)
+        return replace(self, student_packed=none, teacher_packed=none)
 
     def spans_of(self) -> tuple[Tensor, Tensor]:
         """[P] int64 each: the window of every row of ``span_rows``, and its number among that window's spans."""

@@ -68,7 +68,8 @@ def pages(count: int = 8, size: int = 500) -> list[str]:
 
 @functools.cache
 def small_data(batch_size: int = 2, window: int = 32, count: int = 8, size: int = 500):
-    return build_data(pages(count, size), pair(), held_out=0.25, window=window, batch_size=batch_size)
+    # so many windows to a batch, whatever their lengths
+    return build_data(pages(count, size), pair(), held_out=0.25, window=window, batch_size=batch_size, pack=False)
 
 
 class ToyPair(TokenizerPair):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_kit.align import align, byte_ends, cut_windows
+from kd_kit.align import Ragged, align, align_many, byte_ends, cut_many, cut_windows
 
 
 @st.composite
@@ -215,3 +215,25 @@ def test_nothing_in_common_gives_no_window():
 def test_a_stride_beyond_the_window_is_refused(length, stride):
     with pytest.raises(ValueError, match=r"cut_windows: expected 1 <= stride <= length"):
         cut_windows(np.arange(1, 40), np.arange(1, 40), length=length, stride=stride)
+
+
+@settings(max_examples=150)
+@given(st.lists(two_tokenizations(), min_size=1, max_size=5), st.integers(1, 12), st.integers(1, 12))
+def test_many_texts_at_once_are_each_alone(texts, length, stride):
+    stride = min(stride, length)
+    each = [[byte_ends(side) for side in text] for text in [*texts, ([], [])]]
+    student, teacher = (Ragged.of(side) for side in zip(*each, strict=True))
+    index, aligned = align_many(student, teacher)
+    alone = [align(*text) for text in each]
+    assert index.tolist() == np.concatenate([a.teacher_index for a in alone]).tolist()
+    assert aligned.tolist() == np.concatenate([a.aligned for a in alone]).tolist()
+    windows = [[n, *w] for n, t in enumerate(each) for w in cut_windows(*t, length=length, stride=stride).tolist()]
+    assert cut_many(student, teacher, length=length, stride=stride).tolist() == windows
+
+
+def test_a_byte_between_two_texts_keeps_them_apart():
+    """The second text begins where the first one ends, if nothing lies between them."""
+    student, teacher = Ragged.of([np.array([1, 3]), np.array([0, 2])]), Ragged.of([np.array([3]), np.array([2])])
+    index, aligned = align_many(student, teacher)
+    assert index.tolist() == [-1, 0, -1, 0]
+    assert aligned.tolist() == [False, True, False, True]

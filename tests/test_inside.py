@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from conftest import cells_of, live
 
 from kd_kit import build_data, build_teacher, build_tokenizers, offline
-from kd_kit.align import align
-from kd_kit.data import WindowSet, _white_space_runs
+from kd_kit.align import Ragged
+from kd_kit.collate import Collator, Side
 from kd_kit.inside import InsideBridge
 from kd_kit.pair import TokenizerPair
 from kd_kit.vocab import Bridge, Vocabulary
@@ -152,9 +150,9 @@ def prefixes_of_a_first_token(student_token: bytes, teacher_token: bytes) -> lis
     teacher = vocabulary(b"<s>", teacher_token, special=(0,))
     student = vocabulary(b"<s>", student_token, special=(0,))
     pair = TokenizerPair(None, None, teacher, student, InsideBridge(teacher, student))
-    windows = SimpleNamespace(pair=pair, _runs=[_white_space_runs(v) for v in (student, teacher)])
-    ids, ends = np.array([0, 1]), np.array([0, 3])
-    found = WindowSet._prefixes(windows, ids, ends, ids, ends, align(ends, ends), np.array([True]))
+    side = Side(Ragged.of([np.array([0, 1])]), np.array([0, 3]))
+    matched, both = np.array([0, 1]), np.array([True, True])
+    found = Collator(pair).prefixes(side, side, matched, both, np.array([True, False]))
     return found[0].tolist()
 
 

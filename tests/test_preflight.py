@@ -6,6 +6,7 @@ import shutil
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_trainer, session_at, teacher, tiny_student
@@ -13,6 +14,7 @@ from torch import nn
 
 import kd_kit as kd
 from kd_kit import facts, plan_checks, preflight, trial_checks
+from kd_kit.batching import Batching
 from kd_kit.callbacks import EarlyStopping, PrintLines
 from kd_kit.facts import FAIL, LOOK, OK, Facts
 from kd_kit.preflight import run_preflight
@@ -96,7 +98,8 @@ def planned(healthy, monkeypatch):
 def test_a_healthy_run_passes(healthy):
     found = healthy.found
     assert found.ok, found
-    assert [row.check for row in found.rows] == [name for name, *_ in preflight._CHECKS]
+    names = [name for name, *_ in preflight._CHECKS]
+    assert [row.check for row in found.rows] == [name for name in names if name != "padding"], "all is full here"
     looked_at = {row.check for row in found.rows if row.verdict == LOOK}
     assert looked_at <= {"size of the terms", "gradient shares"}, found
     assert "as an untrained student is not" in line(found, "size").cure
@@ -605,7 +608,7 @@ def test_a_check_that_breaks_leaves_the_others(tmp_path, planned, monkeypatch):
     found = planned(build(tmp_path))
     assert failed(found) == {"memory"}
     assert line(found, "memory").cure == "ZeroDivisionError: division by zero"
-    assert len(found.rows) == len(preflight._CHECKS)
+    assert len(found.rows) == len(preflight._CHECKS) - 1, "nothing is padded here"
 
 
 def test_words_for_sizes_and_times():
@@ -618,3 +621,25 @@ def test_words_for_sizes_and_times():
 
 def test_the_session_of_the_helpers_has_no_limit(tmp_path, planned):
     assert "no limit" in line(planned(build(tmp_path, session=session_at(tmp_path / "run"))), "time").measured
+
+
+def test_much_padding_is_looked_at(monkeypatch):
+    """Only where there is any; with what it is for models that cannot hold windows apart."""
+
+    def found(pack, *, apart: bool):
+        batching = Batching(lengths, window=64, batch_size=8, pack=pack)
+        data = SimpleNamespace(batching=batching, window=64)
+        trainer = SimpleNamespace(data=data, student="student", teacher=None)
+        monkeypatch.setattr(plan_checks, "why_not_packed", lambda model, width: None if apart else "it mixes them")
+        return plan_checks.padding(SimpleNamespace(trainer=trainer))
+
+    lengths = np.full((200, 2), 64)
+    assert found(None, apart=True) is None
+    lengths = np.random.default_rng(0).integers(3, 60, (200, 1)).repeat(2, axis=1)
+    assert found(None, apart=True)[1] == OK
+    measured, word, cure = found(None, apart=False)
+    assert word == LOOK
+    assert int(measured.split("%")[0]) > 20
+    assert "the student cannot hold several windows" in cure
+    assert "build_data(pack=False)" in cure
+    assert found(False, apart=False)[1] == OK

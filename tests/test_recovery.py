@@ -442,7 +442,8 @@ def test_a_teacher_whose_weights_are_not_finite_stops_the_run_at_once(tmp_path, 
 
 def test_a_gradient_scaler_that_looks_for_its_scale_is_no_fault(tmp_path, monkeypatch):
     """With loss scaling the first steps may overflow; the scaler sees to that alone, however many they are."""
-    trainer = with_scaler(trainer_at(tmp_path / "run", steps=20), monkeypatch, scale=2.0**127)
+    data = small_data(batch_size=2)
+    trainer = with_scaler(trainer_at(tmp_path / "run", steps=20, data=data), monkeypatch, scale=2.0**127)
     trainer.accelerator.scaler.set_growth_interval(10**6)
     trainer.fit()
     assert IN_A_ROW < trainer.skipped_steps < 20

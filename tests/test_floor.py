@@ -161,7 +161,7 @@ def test_from_a_cache_it_is_the_students_step_alone(tmp_path, monkeypatch):
 
 
 def test_a_teacher_that_no_term_asks_is_not_part_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(floor, "body_of", lambda model: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(floor, "run_body", lambda *given: pytest.fail("the teacher was asked"))
     trainer = long_trainer(tmp_path, terms=[lm_term(1.0)])
     trainer.fit(steps=1)
     assert trainer.floor_seconds is not None

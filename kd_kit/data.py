@@ -300,10 +300,9 @@ class DistillData:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides which batch is which: tokens, windows, sizes."""
+        """Hash of everything that decides which batch is which, but for ``batching.arrangement``: tokens, windows,
+        sizes."""
         digest = hashlib.sha256(f"{self.window} {self.batch_size} {self.pair.fingerprint}".encode())
-        if self.batching.arrangement != "shuffled":
-            digest.update(self.batching.arrangement.encode())
         for windows in (self.train, self.held_out):
             digest.update(np.ascontiguousarray(windows.table).tobytes())
             for document in windows.documents:

@@ -119,8 +119,8 @@ def refuse_other_run(folder: Path, before: dict, config: dict) -> None:
     others = {key for key in _FIXED if before.get(key) != config[key]}
     if "terms" in others:  # with other terms there are other parts: that need not be said
         others.discard("parts")
-    if others & {"window", "batch_size", "packing"}:  # these decide it, too
-        others.discard("data")
+    if others & {"window", "batch_size"}:  # these decide them, too
+        others -= {"data", "packing"}
     changed = [
         f"{what} ({before.get(key)} -> {config[key]})" if isinstance(config[key], int) else what
         for key, what in _FIXED.items()

@@ -65,7 +65,7 @@ def module_at(trainer, place: str) -> nn.Module:
 
 
 class Spoil:
-    """Puts a value into what a module gives out, in the rows whose ids are those of one window or in all."""
+    """Puts a value into what a module gives out, where one window begins or at the end of every row."""
 
     def __init__(self, trainer, place: str, value: float, window: int | None = None):
         self.value = value
@@ -82,15 +82,15 @@ class Spoil:
 
     def see(self, module, args, kwargs):
         ids = kwargs["input_ids"]
-        self.rows = torch.ones(len(ids), dtype=torch.bool)
-        if self.ids is not None:
+        self.spots = slice(None), -1
+        if self.ids is not None:  # wherever in a row the window stands
             n = min(len(self.ids), ids.shape[1])
-            self.rows = (ids[:, :n] == self.ids[:n]).all(-1)
+            self.spots = (ids.unfold(1, n, 1) == self.ids[:n]).all(-1).nonzero(as_tuple=True)
 
     def spoil(self, module, args, output):
         states = output[0] if isinstance(output, tuple) else output
         states = states.clone()
-        states[self.rows, -1, 0] = self.value
+        states[(*self.spots, 0)] = self.value
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def remove(self):

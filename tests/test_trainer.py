@@ -291,8 +291,8 @@ def test_checkpoints_hold_tensors_and_json_and_no_pickle(tmp_path):
 def uneven_data(batch_size: int):
     """Windows of very different lengths, so that micro-batches have different counts."""
     words = "It is a truth universally acknowledged, that a single man must be in want of a wife. "
-    texts = [(words * 3)[: 4 + 11 * i % 95] + "." for i in range(16)]
-    return build_data(texts, pair(), held_out=[pages()[0]], window=48, batch_size=batch_size)
+    texts = [(words * 3)[: 4 + 11 * i % 95] + "." for i in range(32)]
+    return build_data(texts, pair(), held_out=[pages()[0]], window=48, batch_size=batch_size, pack=True)
 
 
 def gradients_of(trainer, monkeypatch) -> dict[str, torch.Tensor]:

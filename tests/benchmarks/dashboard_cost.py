@@ -33,7 +33,7 @@ class Timed:
 
     def __init__(self, dashboard: Dashboard, seconds: float):
         self.dashboard, self.seconds = dashboard, seconds
-        self.calls: list[tuple[float, float, int]] = []  # when, how long, pictures so far
+        self.calls: list[tuple[float, float, int]] = []  # when it ended, how long it took, pictures so far
 
     def __getattr__(self, hook: str):
         if not hook.startswith("on_"):
@@ -43,8 +43,9 @@ class Timed:
             began = time.perf_counter()
             getattr(self.dashboard, hook)(trainer)
             end = time.perf_counter()
-            self.calls.append((end, end - began, self.dashboard.updates))
-            if end - self.calls[0][0] > self.seconds and trainer.stop_reason is None:
+            if self.dashboard.updates:  # from the first picture on
+                self.calls.append((end, end - began, self.dashboard.updates))
+            if self.calls and end - self.calls[0][0] > self.seconds and trainer.stop_reason is None:
                 trainer.stop_reason = "paused"
 
         return call

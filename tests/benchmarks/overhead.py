@@ -1,6 +1,6 @@
 """What a step of distillation costs over the least possible: the teacher's body, and the student's step on text.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py [--tokens 128] [--rounds 5] [--profile]
+    OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py [--tokens 96] [--rounds 5] [--profile]
     python tests/benchmarks/overhead.py --device cuda [--profile]
 
 On the CPU the models of the mission at full depth read one window of few tokens in float32: heads and bodies cost in
@@ -168,7 +168,7 @@ def profiled(name: str, work: Callable[[], None], device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, help="of a window; 128, on a card 512")
+    parser.add_argument("--tokens", type=int, help="of a window; 96, on a card 512")
     parser.add_argument("--windows", type=int, help="of a batch; 1, on a card 8")
     parser.add_argument("--rounds", type=int, help="5, on a card 20")
     parser.add_argument("--layers", type=int, nargs=2, default=(mission.TEACHER_LAYERS, mission.STUDENT_LAYERS))
@@ -176,7 +176,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device)
     cuda = device.type == "cuda"
-    given.tokens, given.windows = given.tokens or (512 if cuda else 128), given.windows or (8 if cuda else 1)
+    given.tokens, given.windows = given.tokens or (512 if cuda else 96), given.windows or (8 if cuda else 1)
     given.rounds = given.rounds or (20 if cuda else 5)
     if cuda:
         torch.backends.cuda.enable_flash_sdp(False)

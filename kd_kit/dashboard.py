@@ -24,7 +24,7 @@ from kd_kit.run_table import alarm_lines, clock
 from kd_kit.schedule_plot import Plan, plan_of
 
 MIN_INTERVAL = 1.0  # seconds between two redraws, at least
-COST_FACTOR = 50  # and at least this many times what the last redraw took: at most 2 % of the time
+COST_FACTOR = 60  # and at least this many times what the last redraw took: under 2 % of the time
 ALLOWANCE = 1.0  # seconds of drawing beyond these 2 % that evaluations and saves may take at once
 
 
@@ -87,7 +87,7 @@ class Dashboard:
     def update(self, force: bool = False) -> bool:
         """Redraw if it is due, or with ``force`` in any case; True if the picture was replaced.
 
-        Due is max(1 s, 50 x the cost of the last redraw) after the last one ended.
+        Due is max(1 s, 60 x the cost of the last redraw) after the last one ended.
         """
         if self._handle is None or not (force or self._is_due()):
             return False

@@ -61,8 +61,8 @@ SETTLING_BATCHES = 16
 SAVE_SECONDS = 600
 """Between two checkpoints, where the user says nothing else and saving is quick."""
 
-SAVE_SHARE = 40
-"""A save comes no sooner than this many times the seconds that the last one took: 2.5% of the time at most."""
+SAVE_SHARE = 100
+"""A save comes no sooner than this many times the seconds that the last one took: 1% of the time at most."""
 
 PACE_AFTER = 20
 """Steps of a session after which it is said how long the run will take."""

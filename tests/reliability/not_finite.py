@@ -172,9 +172,9 @@ def struck(trainer, blow: Blow, batches: Sequence[DistillBatch]) -> Iterator[Non
         seen["student"] = rows(batch)
         return output(batch, **more)
 
-    def noted_signal(batch):
+    def noted_signal(batch, *more):
         seen["teacher"] = hit = rows(batch)
-        said = signal(batch)
+        said = signal(batch, *more)
         return spoilt_signal(said, blow) if blow.kind == "teacher signal" and hit.any() else said
 
     def noted_values(*arguments):

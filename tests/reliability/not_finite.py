@@ -168,23 +168,29 @@ def struck(trainer, blow: Blow, batches: Sequence[DistillBatch]) -> Iterator[Non
     def rows(batch: DistillBatch) -> torch.Tensor:
         return torch.tensor([int(window) in guilty for window in batch.sample])
 
+    def places_of(batch: DistillBatch, ids: torch.Tensor, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """In the rows that a model sees: whether a place belongs to a guilty window, and which token of it is there."""
+        table = packed if packed.numel() else torch.arange(ids.numel()).view_as(ids)
+        return rows(batch)[table.clamp(min=0) // ids.shape[1]] & (table >= 0), table % ids.shape[1]
+
     def noted_output(batch, **more):
-        seen["student"] = rows(batch)
+        seen["student"] = places_of(batch, batch.student_ids, batch.student_packed)
         return output(batch, **more)
 
     def noted_signal(batch, *more):
-        seen["teacher"] = hit = rows(batch)
+        hit = rows(batch)
+        seen["teacher"] = places_of(batch, batch.teacher_ids, batch.teacher_packed)
         said = signal(batch, *more)
         return spoilt_signal(said, blow) if blow.kind == "teacher signal" and hit.any() else said
 
     def noted_values(*arguments):
         found = values(*arguments)
-        if blow.kind == "term" and seen["student"].any():
+        if blow.kind == "term" and seen["student"][0].any():
             found[blow.place] = dataclasses.replace(found[blow.place], sum=found[blow.place].sum * blow.value)
         return found
 
     def spoilt_output(layer, arguments, given):
-        hit = seen[blow.place.partition(".")[0].replace("parts", "student")]
+        hit, token = seen[blow.place.partition(".")[0].replace("parts", "student")]
         if not hit.any():
             return None
         states = (given[0] if isinstance(given, tuple) else given).clone()
@@ -193,13 +199,13 @@ def struck(trainer, blow: Blow, batches: Sequence[DistillBatch]) -> Iterator[Non
             factors[blow.number % len(states)] = blow.value
             states = states * factors
         elif blow.kind == "student layer":
-            states[hit, 1 + blow.number % 3, blow.number % states.shape[-1]] = blow.value
+            states[hit & (token == 1 + blow.number % 3), blow.number % states.shape[-1]] = blow.value
         else:  # in one channel at all places: not all of them are read
             states[hit, ..., blow.number % states.shape[-1]] = blow.value
         return (states, *given[1:]) if isinstance(given, tuple) else states
 
     def spoilt_gradient(gradient):
-        if not seen["student"].any():
+        if not seen["student"][0].any():
             return None
         gradient = gradient.clone()
         gradient.view(-1)[blow.number % gradient.numel()] = blow.value

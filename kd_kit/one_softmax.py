@@ -132,8 +132,7 @@ class _LogProbs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None  # a second backward pass makes it anew
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        of_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        of_weight = of_bias = None
         arriving = _Arriving(plan, to_target, to_outs, outs, tails)
         with torch.autocast(hidden.device.type, enabled=False):
             cast, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -148,12 +147,14 @@ class _LogProbs(torch.autograd.Function):
                         block.copy_(found)
                 if wants_hidden:
                     of_hidden[rows] = (raw @ cast).to(hidden.dtype)
-                if wants_weight and dtype == torch.float32:
+                if wants_weight and of_weight is not None and dtype == torch.float32:
                     of_weight.addmm_(raw.T, some_hidden)
                 elif wants_weight:
-                    of_weight += raw.T @ some_hidden
+                    product = (raw.T @ some_hidden).float()
+                    of_weight = product if of_weight is None else of_weight.add_(product)
                 if wants_bias:
-                    of_bias += raw.sum(0, dtype=torch.float32)
+                    added = raw.sum(0, dtype=torch.float32)
+                    of_bias = added if of_bias is None else of_bias.add_(added)
                 del raw
         return (
             of_hidden,

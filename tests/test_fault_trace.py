@@ -341,17 +341,17 @@ def test_the_module_of_a_trained_part_is_named(tmp_path):
 
 
 class Bad(torch.autograd.Function):
-    """The identity, whose backward pass is wrong in the first number."""
+    """The identity, whose backward pass is wrong in the first number of some places."""
 
     @staticmethod
-    def forward(ctx, states, value, rows):
-        ctx.value, ctx.rows = value, rows
+    def forward(ctx, states, value, spots):
+        ctx.value, ctx.spots = value, spots
         return states.clone()
 
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone()
-        gradient[ctx.rows, 0, 0] = ctx.value
+        gradient[(*ctx.spots, 0)] = ctx.value
         return gradient, None, None
 
 
@@ -359,7 +359,7 @@ class BadBackward(Spoil):
     """The same inside a module: behind it, as far as its gradient is concerned."""
 
     def spoil(self, module, args):
-        return (Bad.apply(args[0], self.value, self.rows), *args[1:])
+        return (Bad.apply(args[0], self.value, self.spots), *args[1:])
 
     def __init__(self, trainer, place, value, window=None):
         super().__init__(trainer, place, value, window)
@@ -367,7 +367,7 @@ class BadBackward(Spoil):
         module = module_at(trainer, place)
         self.whole, self.module = module.forward, module
         module.forward = lambda states, *args, **kwargs: self.whole(
-            Bad.apply(states, self.value, self.rows), *args, **kwargs
+            Bad.apply(states, self.value, self.spots), *args, **kwargs
         )
 
     def remove(self):

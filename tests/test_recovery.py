@@ -459,8 +459,8 @@ def test_with_a_gradient_scaler_losses_that_are_not_finite_are_a_fault(tmp_path,
 def spoilt_signal(right):
     """A teacher that says NaN, as one that overflows in half precision does."""
 
-    def signal(batch):
-        said = right(batch)
+    def signal(batch, here=None):
+        said = right(batch, here)
         ((key, cells),) = said.cells.items()
         spoilt = dataclasses.replace(cells, log_probs=cells.log_probs * math.nan, tail=cells.tail * math.nan)
         return dataclasses.replace(said, cells={key: spoilt})

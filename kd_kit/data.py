@@ -170,7 +170,7 @@ class WindowSet(torch.utils.data.Dataset):
     def _sides(self, indices: Sequence[int]) -> tuple[Side, Side]:
         """The student's and the teacher's side of these windows, the document-start token included."""
         rows = self.table[indices]
-        documents = [self.documents[number] for number in rows[:, 0]]
+        documents = [self.documents[number] for number in rows[:, 0].tolist()]
         return (
             _side([(d.student_ids, d.student_ends) for d in documents], rows, self.pair.student_vocab.start_id),
             _side([(d.teacher_ids, d.teacher_ends) for d in documents], rows, self.pair.teacher_vocab.start_id),
@@ -331,7 +331,8 @@ def build_data(
     """Texts to windows that both tokenizers can be compared on, with some documents held out.
 
     Rows that cannot be used are left out and counted, see :func:`kd_kit.rows.read_texts`; ``data.train.report`` and
-    ``data.held_out.report`` show them.
+    ``data.held_out.report`` show them. The tokens of 4,000,000 characters or more are kept in a file of ``datasets``'
+    cache and read back by the next call, see :func:`kd_kit.tokenised.tokenise`.
 
     Args:
         texts: a list of strings or one split of a ``datasets`` object; one entry is one document.

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import operator
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,7 @@ _FORSAKEN = 3 * 24 * 3600  # seconds after which an unfinished file is one of a 
 _ARRAYS = ("student_ids", "student_ends", "teacher_ids", "teacher_ends")
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text in both tokenizations: ids [n] int32, and the byte at which each token ends, [n] int64."""
 
     student_ids: np.ndarray
@@ -97,8 +96,8 @@ def tokenise(texts: list[str], pair: TokenizerPair, take: Take) -> Sequence[Docu
         print(f"build_data: tokens stay in memory, not in {folder}: {trouble}")
         return _in_memory(texts, pair, take, kept)
     for start in range(0, len(texts), ENCODE_AT_ONCE) if there else ():
-        kept += take(start, stored.found(range(start, min(start + ENCODE_AT_ONCE, len(texts)))))
-    stored.rows = np.flatnonzero(kept)
+        kept += take(start, stored.found(slice(start, start + ENCODE_AT_ONCE)))
+    stored.keep(np.flatnonzero(kept))
     return stored
 
 
@@ -143,7 +142,8 @@ def _key(texts: list[str], pair: TokenizerPair) -> str | None:
         content = part.encode(errors="surrogatepass")
         digest.update(len(content).to_bytes(8, "little") + content)
 
-    versions = [metadata.version("kd_kit").split("+")[0], metadata.version("tokenizers")]
+    # the package's own word: it may lie on the path without being installed
+    versions = [sys.modules[__package__].__version__, metadata.version("tokenizers")]
     add(repr((FORMAT, *versions, pair.fingerprint)))
     # two tokenizers of one vocabulary may still cut a text differently: by their merges, or by how they split it first
     for thing in (pair, pair.teacher, pair.student):
@@ -262,12 +262,10 @@ class StoredDocuments(Sequence):
     """Documents in a file, mapped into memory: a document is four views of it, made when it is asked for.
 
     Another process gets the path and maps the file itself, a forked one shares it.
-
-    Attributes:
-        rows: [D] int64, the documents, by their row in the file; all of them at first, refused ones as no tokens.
     """
 
     def __init__(self, path: Path, rows: np.ndarray | None = None):
+        """``rows``: [D] int64, the documents, by their row in the file; all if left out, refused ones as no tokens."""
         import datasets
 
         self._path = path
@@ -278,31 +276,35 @@ class StoredDocuments(Sequence):
         views = [[part.values.to_numpy(zero_copy_only=True) for part in chunks] for chunks in arrays]
         self._values = list(zip(*views, strict=True))
         counts = [len(part) for part in arrays[0]]
-        self._chunk = np.repeat(np.arange(len(counts)), counts)
-        bounds = []  # of every row in its chunk: begin and end in the student's arrays, then in the teacher's
+        # of every row its chunk, and there its begin and end in the student's arrays, then in the teacher's
+        where = [np.repeat(np.arange(len(counts)), counts)]
         for side in (0, 2):
             starts = [part.offsets.to_numpy(zero_copy_only=True) for part in arrays[side]]
-            bounds += [np.concatenate([s[:-1] for s in starts]), np.concatenate([s[1:] for s in starts])]
-        self._bounds = np.stack(bounds, axis=1)
-        self.rows = np.arange(len(self._chunk)) if rows is None else rows
+            where += [np.concatenate([s[:-1] for s in starts]), np.concatenate([s[1:] for s in starts])]
+        self._where = np.stack(where, axis=1)
+        self._rows = np.arange(len(self._where))
+        if rows is not None:
+            self.keep(rows)
 
-    def found(self, rows: Sequence[int]) -> list[Document | str]:
-        """What became of these texts: a document, or the reason why there is none."""
-        reasons = self._refused.slice(rows[0], len(rows)).to_pylist()
-        return [self._document(row) if why is None else why for row, why in zip(rows, reasons, strict=True)]
+    def keep(self, rows: np.ndarray) -> None:
+        """Forget all but these rows of the file; once, as they are counted in the whole file."""
+        self._rows, self._where = rows, self._where[rows]
 
-    def _document(self, row: int) -> Document:
-        begin, end, theirs, their_end = self._bounds[row].tolist()
-        ids, ends, their_ids, their_ends = self._values[self._chunk[row]]
-        return Document(ids[begin:end], ends[begin:end], their_ids[theirs:their_end], their_ends[theirs:their_end])
+    def found(self, rows: slice) -> list[Document | str]:
+        """What became of these texts: a document, or the reason why there is none. Before any of them is forgotten."""
+        documents = self[rows]
+        reasons = self._refused.slice(rows.start, len(documents)).to_pylist()
+        return [document if why is None else why for document, why in zip(documents, reasons, strict=True)]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self._document(row) for row in self.rows[index].tolist()]
-        return self._document(int(self.rows[operator.index(index)]))
+            return [self[row] for row in range(*index.indices(len(self)))]
+        chunk, begin, end, theirs, their_end = self._where[index].tolist()
+        ids, ends, their_ids, their_ends = self._values[chunk]
+        return Document(ids[begin:end], ends[begin:end], their_ids[theirs:their_end], their_ends[theirs:their_end])
 
     def __reduce__(self):
-        return StoredDocuments, (self._path, self.rows)
+        return StoredDocuments, (self._path, self._rows)

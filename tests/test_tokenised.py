@@ -75,7 +75,7 @@ def assert_same(one, other) -> None:
         assert np.array_equal(ours.lengths, theirs.lengths)
         assert len(ours.documents) == len(theirs.documents)
         for a, b in zip(ours.documents, theirs.documents, strict=True):
-            for name in Document.__dataclass_fields__:
+            for name in Document._fields:
                 assert getattr(a, name).dtype == getattr(b, name).dtype
                 assert np.array_equal(getattr(a, name), getattr(b, name))
     for a, b in zip(one.batches(0, range(4)), other.batches(0, range(4)), strict=True):

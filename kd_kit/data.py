@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from kd_kit import loading
-from kd_kit.align import Ragged, byte_ends, cut_many, starts_of
+from kd_kit.align import Ragged, cut_many, starts_of
 from kd_kit.batching import Batching
 from kd_kit.collate import Collator, Side
 from kd_kit.packing import LEAST_SAVED
@@ -25,46 +24,21 @@ from kd_kit.pair import TokenizerPair
 from kd_kit.rows import (
     MAX_CHARACTERS,
     NO_BOUNDARIES,
-    NOT_GIVEN_BACK,
     RowReport,
     read_texts,
     refuse_share,
     save_refused,
-    unencodable,
 )
+from kd_kit.tokenised import Document, tokenise
 from kd_kit.types import DistillBatch
 
 _DOCUMENTS_AT_ONCE = 4096  # whose tokens are looked through together
-_ENCODE_AT_ONCE = 32  # documents per call of a tokenizer: bounds memory, costs nothing
 
 
-@dataclass(frozen=True)
-class _Document:
-    student_ids: np.ndarray
-    student_ends: np.ndarray
-    teacher_ids: np.ndarray
-    teacher_ends: np.ndarray
-
-
-def _encoded(pair: TokenizerPair, texts: list[str]) -> list[_Document | Exception | None]:
-    """The documents of these texts; None or the error where ``pair.encode`` gives nothing or raises."""
-    try:
-        return [
-            None
-            if both is None
-            else _Document(both[0].astype(np.int32), byte_ends(both[1]), both[2].astype(np.int32), byte_ends(both[3]))
-            for both in pair.encode([pair.normalise(t) for t in texts])
-        ]
-    except MemoryError:
-        raise
-    except Exception as error:
-        return [error] if len(texts) == 1 else [one for t in texts for one in _encoded(pair, [t])]
-
-
-def _cuts(documents: list[_Document | Exception | None], *, length: int, stride: int | None) -> list[np.ndarray]:
+def _cuts(documents: Sequence[Document | str], *, length: int, stride: int | None) -> list[np.ndarray]:
     """The windows of every document, [W, 3] as of :func:`kd_kit.align.cut_windows`; none of what is no document."""
     out = [np.zeros((0, 3), dtype=np.int64)] * len(documents)
-    there = [n for n, document in enumerate(documents) if isinstance(document, _Document)]
+    there = [n for n, document in enumerate(documents) if isinstance(document, Document)]
     if there:
         student = Ragged.of([documents[n].student_ends for n in there])
         teacher = Ragged.of([documents[n].teacher_ends for n in there])
@@ -119,28 +93,28 @@ class WindowSet(torch.utils.data.Dataset):
         self.window = window
         self.report = report
         self._collator = Collator(pair)
-        self.documents: list[_Document] = []
         table = []
         # a document-start token takes one place of every window
         room = window - max(pair.student_vocab.start_id is not None, pair.teacher_vocab.start_id is not None)
         skip = None if stride is None else max(1, min(stride, room))
-        for start in range(0, len(texts), _ENCODE_AT_ONCE):
-            several = slice(start, start + _ENCODE_AT_ONCE)
-            rows = list(zip(report.kept[several], texts[several], strict=True))
-            encoded = _encoded(pair, texts[several])
-            cuts = _cuts(encoded, length=room, stride=skip)
-            for (row, text), both, windows in zip(rows, encoded, cuts, strict=True):
-                if both is None or isinstance(both, Exception):
-                    report.refuse(NOT_GIVEN_BACK if both is None else unencodable(both), row, text)
-                    continue
-                if len(windows) == 0:
-                    report.refuse(NO_BOUNDARIES, row, text)
-                    continue
-                table.append(np.column_stack([np.full(len(windows), len(self.documents)), windows]))
-                self.documents.append(both)
-            report.used = len(self.documents)
+
+        def take(start: int, found: Sequence[Document | str]) -> list[bool]:
+            """Which of these documents have windows, all of which go into the table; the others into the report."""
+            used = []
+            several = slice(start, start + len(found))
+            cuts = _cuts(found, length=room, stride=skip)
+            for row, text, both, windows in zip(report.kept[several], texts[several], found, cuts, strict=True):
+                used.append(len(windows) > 0)
+                if used[-1]:
+                    table.append(np.column_stack([np.full(len(windows), len(table)), windows]))
+                else:
+                    report.refuse(both if isinstance(both, str) else NO_BOUNDARIES, row, text)
+            report.used = len(table)
             if check is not None and several.stop < len(texts):
                 check()
+            return used
+
+        self.documents = tokenise(texts, pair, take)
         if not table:
             raise ValueError(f"build_data: expected text that both tokenizers can read, got none: {report!r}")
         if check is not None:
@@ -196,7 +170,7 @@ class WindowSet(torch.utils.data.Dataset):
     def _sides(self, indices: Sequence[int]) -> tuple[Side, Side]:
         """The student's and the teacher's side of these windows, the document-start token included."""
         rows = self.table[indices]
-        documents = [self.documents[number] for number in rows[:, 0]]
+        documents = [self.documents[number] for number in rows[:, 0].tolist()]
         return (
             _side([(d.student_ids, d.student_ends) for d in documents], rows, self.pair.student_vocab.start_id),
             _side([(d.teacher_ids, d.teacher_ends) for d in documents], rows, self.pair.teacher_vocab.start_id),
@@ -357,7 +331,8 @@ def build_data(
     """Texts to windows that both tokenizers can be compared on, with some documents held out.
 
     Rows that cannot be used are left out and counted, see :func:`kd_kit.rows.read_texts`; ``data.train.report`` and
-    ``data.held_out.report`` show them.
+    ``data.held_out.report`` show them. The tokens of 4,000,000 characters or more are kept in a file of ``datasets``'
+    cache and read back by the next call, see :func:`kd_kit.tokenised.tokenise`.
 
     Args:
         texts: a list of strings or one split of a ``datasets`` object; one entry is one document.

@@ -52,6 +52,7 @@ LEVELS = {
         "loading",
         "batching",
         "collate",
+        "tokenised",
         "data",
         "history",
         "checkpoint_folder",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import Target, alternate, save
 
 import kd_kit as kd
+from kd_kit import tokenised
 from kd_kit.align import Ragged, align, align_many, cut_many
 from kd_kit.offline import corpus
 
@@ -36,8 +38,24 @@ def walk(student: list[int], teacher: list[int]) -> list[tuple[int, bool]]:
     return out
 
 
+def in_a_file(build):
+    """What ``build`` gives with all documents in a file of ``datasets``, however small they are."""
+    import datasets
+
+    large, cache = tokenised.LARGE, datasets.config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory() as folder:
+        tokenised.LARGE, datasets.config.HF_DATASETS_CACHE = 0, folder
+        try:
+            return build()  # the file stays mapped without its name
+        finally:
+            tokenised.LARGE, datasets.config.HF_DATASETS_CACHE = large, cache
+
+
 def measure(kind: str, texts: list[str], pair, rounds: int) -> list[dict]:
-    data = kd.build_data(texts, pair, held_out=texts[:1], window=WINDOW, batch_size=BATCH, max_refused=1)
+    def build():
+        return kd.build_data(texts, pair, held_out=texts[:1], window=WINDOW, batch_size=BATCH, max_refused=1)
+
+    data, mapped = build(), in_a_file(build).train
     windows, documents = data.train, data.train.documents
     student = Ragged.of([d.student_ends for d in documents])
     teacher = Ragged.of([d.teacher_ends for d in documents])
@@ -54,6 +72,7 @@ def measure(kind: str, texts: list[str], pair, rounds: int) -> list[dict]:
         "align_many, one call": (lambda: align_many(student, teacher), tokens),
         "cut_many, with align_many": (lambda: cut_many(student, teacher, length=WINDOW - 1), tokens),
         "collate": (lambda: [windows.collate(batch) for batch in batches], batched),
+        "collate from a mapped file": (lambda: [mapped.collate(batch) for batch in batches], batched),
         "tokenising": (lambda: pair.encode(texts[: len(some)]), few),
         "walk of two pointers": (lambda: [walk(*both) for both in lists], few),
     }

@@ -44,6 +44,7 @@ class CachedTeacher(LiveTeacher):
 
     def rest(self) -> None:
         """Move the model off the card. One in few bits stays: it is small, and packed for where it is."""
+        self._some = None
         if not getattr(self.model, "is_quantized", False):
             self.model.to("cpu")
 
@@ -90,7 +91,7 @@ class CachedTeacher(LiveTeacher):
         try:
             found = self._read(batch)
         except Exception as error:
-            found = error
+            found = error.with_traceback(None)  # which holds the batch
         self._read_ahead[id(batch)] = found
         weakref.finalize(batch, self._read_ahead.pop, id(batch), None).atexit = False
 

@@ -338,7 +338,7 @@ def _shard(cache: Cache, trainer, live, windows: list[int]) -> tuple[dict[str, l
     pieces: dict[str, list] = {}
     counts: dict[str, list[int]] = {}
     found: dict[int, tuple[dict, dict]] = {}
-    for batch, signal in _signals(trainer, live, windows):
+    for batch, signal in _signals(trainer, live, windows, packed=cache.manifest["precision"] != "full"):
         parts, each = cut(signal, batch, live.needs), counts_of(batch)
         for row, window in enumerate(batch.sample.tolist()):
             of_window = {name: cache.stored(name, rows[row]) for name, rows in parts.items()}
@@ -351,8 +351,12 @@ def _shard(cache: Cache, trainer, live, windows: list[int]) -> tuple[dict[str, l
     return pieces, counts
 
 
-def _signals(trainer, live, windows: list[int]) -> Iterator[tuple[DistillBatch, TeacherSignal]]:
-    """Batches of these windows, those of like length together so that little is padded, with the teacher's signal."""
+def _signals(trainer, live, windows: list[int], *, packed: bool = True) -> Iterator[tuple[DistillBatch, TeacherSignal]]:
+    """Batches of these windows, those of like length together so that little is padded, with the teacher's signal.
+
+    Args:
+        packed: as many windows in a batch as its places hold, and not only as many as its rows.
+    """
     data = trainer.data.train
     size = data.table[windows, 3] - data.table[windows, 1]
     order = [window for _, window in sorted(zip(size.tolist(), windows, strict=True))]
@@ -360,7 +364,9 @@ def _signals(trainer, live, windows: list[int]) -> Iterator[tuple[DistillBatch, 
     while at < len(order):
 
         def work(at=at):
-            batch = data.collate(order[at : at + data.fitting(order[at:], trainer.micro_batch)])
+            # in full precision as many windows as a live run reads at once: the teacher's sums depend on that
+            count = data.fitting(order[at:], trainer.micro_batch) if packed else trainer.micro_batch
+            batch = data.collate(order[at : at + count])
             return batch, live.signal(batch.to(live.device)).to("cpu")
 
         batch, signal = trainer.within_memory(work, "teacher cache")

@@ -2,7 +2,7 @@
 
 Every loss that looks at the student's distribution is served by the same pass over the head. Losses that ask for a few
 log-probabilities a row get them from one softmax (:mod:`kd_kit.one_softmax`); those that look at whole rows of logits
-run inside the chunk. Either way a chunk is recomputed in the backward pass with the gradient that arrives there, so
+run inside the chunk. Either way chunks are recomputed in the backward pass with the gradient that arrives there, so
 fp16 loss scaling meets float32 inside.
 """
 

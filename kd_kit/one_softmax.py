@@ -1,9 +1,10 @@
 """The student's log-probabilities of a few tokens a row, from one pass over its head and one softmax.
 
 What a distillation loss looks at is small: the target's log-probability, those of the teacher's cells, and of all the
-rest together. So the pass hands out these and keeps no logits; whatever a loss does with them is ordinary autograd on
-small tensors. Its backward pass makes the logits again, chunk by chunk, and turns the gradients that arrive into the
-logits' gradient in one softmax, in float32. A loss scaler's factor is in what arrives, so nothing is lost in float16.
+rest together. So the pass hands out these and keeps the logits of one chunk at most; whatever a loss does with them is
+ordinary autograd on small tensors. Its backward pass makes the other chunks' logits again and turns the gradients that
+arrive into the logits' gradient in one softmax, in float32. A loss scaler's factor is in what arrives, so nothing is
+lost in float16.
 """
 
 from __future__ import annotations
@@ -191,13 +192,14 @@ def _read(plan: _Plan, logits: Tensor, at: slice, targets, target, log_z, outs, 
             cells = cells.masked_fill(~used, OUT)
         tail = _log_sum_exp(outside)
         # nothing may be left for the tail: K = V with every cell used, or all other logits masked
-        tail = torch.where(tail > OUT / 2, tail, cells.logsumexp(-1, keepdim=True) + math.log(EMPTY_TAIL))
+        empty = tail <= OUT / 2  # NaN is not
+        tail = torch.where(empty, cells.logsumexp(-1, keepdim=True) + math.log(EMPTY_TAIL), tail)
         every = torch.cat([cells, tail], dim=-1)
         whole = every.logsumexp(-1, keepdim=True)
         every -= whole
         if used is not None:
             every[:, :-1].masked_fill_(~used, -math.inf)
-        outs[number][at], tails[number][at] = every, tail.squeeze(-1)
+        outs[number][at], tails[number][at] = every, tail.masked_fill(empty, math.inf).squeeze(-1)
         if number == plan.base:
             log_z[at] = whole.squeeze(-1)
     if plan.base is None:
@@ -243,7 +245,8 @@ class _Arriving:
                 self.cells.append(None)
                 self.outside.append(None)
                 continue
-            to_cells, to_tail = g[:, :-1], g[:, -1:]
+            # a tail that holds nothing is a constant, whatever the logits are
+            to_cells, to_tail = g[:, :-1], g[:, -1:].masked_fill(tails[number].isinf().unsqueeze(-1), 0.0)
             if read.used is not None:
                 to_cells = torch.where(read.used, to_cells, 0.0)
             total = to_cells.sum(-1, keepdim=True) + to_tail

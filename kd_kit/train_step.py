@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kd_kit.head import alone_with
 from kd_kit.module import DistillModule
 from kd_kit.optimizer import clip_gradients
 from kd_kit.teacher import LiveTeacher
@@ -76,7 +77,8 @@ def take_gradients(
     for number, (batch, here) in enumerate(zip(batches, on_host, strict=True)):
         signal = teacher.signal(batch, here) if asked else None
         last = number == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
+        # checkpointed layers run again in the backward pass: in the mode, and with the hooks, of this thread alone
+        with alone_with(module.student), contextlib.nullcontext() if last else accelerator.no_sync(prepared):
             total, part, measured = prepared(batch, signal, scales, measure and number == 0)
             accelerator.backward(total)
         sums += part

@@ -524,6 +524,21 @@ def teacher_places(batch, rows) -> set[tuple[int, int]]:
     return {(f // width, int(batch.teacher_index.flatten()[f])) for f in rows.tolist()}
 
 
+@pytest.mark.parametrize("kind", [SharedReading, StrictReading])
+def test_with_more_experts_a_reading_of_some_tokens_is_the_same_beside_others(toy, kind):
+    """The mean of two distributions, given some tokens, is not the mean of the two given these."""
+    pair, batch, _ = toy
+    model, reading = build_tiny("qwen3_moe"), kind(pair, 4)
+
+    def said(*readings):
+        teacher = LiveTeacher(model, pair.bridge, Needs(readings), more_experts=4)
+        return teacher.signal(batch).cells[reading.key]
+
+    alone, beside = said(reading), said(reading, BridgeReading("bridge", pair.bridge, 4))
+    assert torch.equal(alone.ids, beside.ids)
+    torch.testing.assert_close(alone.log_probs, beside.log_probs, atol=1e-6, rtol=1e-6)
+
+
 def test_several_readings_are_each_what_it_is_alone(toy, monkeypatch):
     """From one softmax per position, in chunks that end anywhere."""
     pair, batch, model = toy

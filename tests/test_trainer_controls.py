@@ -758,3 +758,19 @@ def test_a_session_whose_time_is_over_trains_no_step(tmp_path):
     trainer = make_trainer(tmp_path / "run", session=session)
     assert trainer.fit() == "the session's time is over"
     assert trainer.step == 0
+
+
+def test_scoring_beside_a_run_that_recomputes_its_layers_disturbs_neither(tmp_path):
+    """Layers run again in the backward pass: in training mode, whoever looks at the student meanwhile."""
+    student = tiny_student(attention_dropout=0.3)
+    # transformers 5 calls it by another name
+    name = next(n for n in ("activation", "gradient") if hasattr(student, f"{n}_checkpointing_enable"))
+    getattr(student, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    trainer = make_trainer(tmp_path / "run", student=student, steps=20, eval_every=20)
+    trainer.fit(background=True)
+    scores = 0
+    while trainer.running:
+        assert score(student, trainer.data.held_out, limit=2).nats > 0
+        scores += 1
+    assert trainer.wait() == "finished"
+    assert scores > 2

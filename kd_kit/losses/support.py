@@ -129,7 +129,7 @@ def student_cells(logits: Tensor, ids: Tensor, used: Tensor | None = None) -> tu
     tail = outside.logsumexp(-1, keepdim=True)
     # nothing may be left for the tail: K = V with every cell used, or all other logits masked
     nothing = cells.logsumexp(-1, keepdim=True) + math.log(EMPTY_TAIL)
-    tail = torch.where(tail > OUT / 2, tail, nothing)
+    tail = torch.where(tail <= OUT / 2, nothing, tail)  # NaN stays NaN
     every = torch.cat([cells, tail], dim=-1)
     log_z = every.logsumexp(-1)
     log_probs = every - log_z.unsqueeze(-1)

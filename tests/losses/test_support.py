@@ -175,3 +175,12 @@ def test_an_unused_cell_stays_unused_and_harmless():
 def test_a_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match="tempered: expected a temperature above 0"):
         tempered(torch.zeros(1, 2), temperature)
+
+
+def test_a_tail_that_is_not_a_number_stays_none():
+    logits = torch.zeros(2, 6)
+    logits[0, 4] = torch.nan
+    log_probs, log_z = student_cells(logits, torch.tensor([[0, 1], [0, 1]]))
+    assert log_probs[0].isnan().all()
+    assert log_z[0].isnan()
+    assert log_probs[1].isfinite().all()

@@ -225,10 +225,11 @@ def measure(tokens: int, given) -> tuple[list[dict], list[Target]]:
     by_way = {row["way"]: row for row in rows}
     targets = []
     for way, faster, smaller in ((EARLIER, 4, 6), (GOLD, 10, 10)):
-        if way in by_way and "seconds" in by_way[way]:
-            what = f"{tokens} tokens, {way} over {OURS}"
-            targets.append(Target(f"{what}: time", by_way[way]["x of ours"], faster, "at least"))
-            targets.append(Target(f"{what}: memory", by_way[way]["memory x of ours"], smaller, "at least"))
+        for ours in (OURS, SHARED, CACHED) if way in scene.ways else ():
+            what = f"{tokens} tokens, {way} over {ours}"
+            time, memory = (by_way[way][column] / by_way[ours][column] for column in ("seconds", "added MiB"))
+            targets.append(Target(f"{what}: time", time, faster, "at least"))
+            targets.append(Target(f"{what}: memory", memory, smaller, "at least"))
     return rows, targets
 
 

@@ -291,18 +291,20 @@ def _build(cache: Cache, claims: Claims, trainer, live, requests: StopRequests) 
             started = session.now()
             cache.write(number, *_shard(cache, trainer, live, list(cache.windows_of(number))))
             longest = max(longest, session.now() - started)
-        if session.now() - told > _LINES or cache.complete:
+        if session.now() - told > _LINES and not cache.complete:
             told = session.now()
-            done = cache.windows_there - before
-            pace = f"{short(done / (told - begun))} windows/s" if told > begun else ""
+            done = cache.windows_there - before  # by all processes
+            pace = f"{short(done / (told - begun))} windows/s"
             to_go = (told - begun) * (cache.manifest["windows"] - cache.windows_there) / max(done, 1)
-            waits = ", waiting for those that other processes make" if number is None and not cache.complete else ""
+            waits = ", waiting for those that other processes make" if number is None else ""
             print(
                 f"cache: {len(cache.shards):,} of {cache.count:,} shards, {pace}, "
                 + (f"about {span(to_go)} to go{waits}" if done else f"none of them new{waits}")
             )
     if not cache.complete:
         print(f"cache: {over()}")
+    elif done := cache.windows_there - before:
+        print(f"cache: {done:,} windows read in {span(session.now() - begun)}, by all processes that build it")
 
 
 def _claimed(cache: Cache, claims: Claims, over: Callable[[], str | None]) -> Iterator[int | None]:
@@ -396,6 +398,10 @@ def _use(cache: Cache, trainer, live, home: torch.device) -> None:
     trainer.teacher = CachedTeacher(live, cache, trainer.data.train, home=home)
     trainer.teacher.rest()
     trainer.floor_seconds = None  # was measured with the teacher's part of a step
+    print(
+        f"cache: complete, {cache.manifest['windows']:,} windows in {shown(cache.folder)}; steps read it, and the "
+        "teacher is asked for evaluation only"
+    )
     trainer.history.append(
         {
             "kind": "event",

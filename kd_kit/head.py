@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -154,7 +155,7 @@ class Given(OnDevice):
         return Read(self.ids, self.cells[:, :-1] != -torch.inf if self.plain else None, self.plain, self.among)
 
 
-class Rows:
+class Rows(ABC):
     """Rows of text as a loss sees them. What several losses look at is computed once.
 
     Attributes:
@@ -165,17 +166,17 @@ class Rows:
     given: Mapping[str, Given]
 
     @property
+    @abstractmethod
     def nll(self) -> Tensor:
         """[n] float32, negative log-likelihood of the targets, in nats."""
-        raise NotImplementedError
 
+    @abstractmethod
     def student(self, key: str) -> Tensor:
         """[n, K + 1] float32, the student's log-probabilities on the cells of a reading, tail last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drawn(self, key: str) -> Tensor:
         """[n, K] float32, the student's log-probabilities of tokens that may come twice, without a tail."""
-        raise NotImplementedError
 
     def teacher(self, key: str) -> Tensor:
         """[n, K + 1] float32, the teacher's on the same cells; the student's own where it says nothing.

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from kd_kit import offline
 from kd_kit.cards import profile_for
+from kd_kit.experts import ask_once_per_layer
 from kd_kit.head import alone_with, body_of, head_of
 from kd_kit.pair import TokenizerPair, pair_tokenizers
 from kd_kit.vocab import Vocabulary
@@ -156,6 +157,7 @@ def build_teacher(
     else:
         packed, whole = _packed_bytes(model)
         print(f"teacher: {packed / 1e6:,.1f} of {whole / 1e6:,.1f} MB of weights are in {quantize}")
+    ask_once_per_layer(model)
     return model.eval().requires_grad_(False)
 
 

@@ -71,7 +71,7 @@ LEVELS = {
         "run_lock",
         "cursor",
     ],
-    "models": ["offline", "sources", "models", "routing", "teacher_rows", "teacher", "signal_pieces"],
+    "models": ["offline", "sources", "experts", "models", "routing", "teacher_rows", "teacher", "signal_pieces"],
     "decisions": [
         "ranges",
         "terms",

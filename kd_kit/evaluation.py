@@ -19,6 +19,7 @@ from torch import nn
 from kd_kit.data import WindowSet
 from kd_kit.head import Given, LogitRows, alone_with, head_losses, head_of
 from kd_kit.losses import forward_kl
+from kd_kit.modes import modes_kept
 from kd_kit.packed_body import hidden_states
 from kd_kit.readings import Needs
 from kd_kit.table import Table
@@ -58,14 +59,10 @@ class Score:
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
     """Evaluation mode without gradients; the mode it was in comes back."""
-    with alone_with(model):  # a run in the background trains this model in the mode that it is in
-        training = model.training
+    # a run in the background trains this model in the mode that it is in
+    with alone_with(model), modes_kept(model), torch.no_grad():
         model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            model.train(training)
+        yield
 
 
 def score(model, windows: WindowSet, *, side: str = "student", batch_size: int = 8, limit: int | None = None) -> Score:

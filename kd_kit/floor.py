@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd_kit.cached_teacher import CachedTeacher
 from kd_kit.head import alone_with
+from kd_kit.modes import modes_kept
 from kd_kit.module import DistillModule
 from kd_kit.packed_body import run_body
 from kd_kit.teacher import LiveTeacher
@@ -81,7 +82,7 @@ def measure_floor(
     plain = DistillModule(student, [lm_term(1.0)])
     trained = [p for p in student.parameters() if p.requires_grad]
     buffers = {name: b.clone() for name, b in student.named_buffers()}
-    rng, mode = capture_rng(), student.training
+    rng = capture_rng()
 
     def now() -> float:
         for each in {device, device if teacher is None else teacher.device}:
@@ -99,9 +100,10 @@ def measure_floor(
         return now() - started
 
     try:
-        student.train()
-        first = once()
-        passes = [first] if first > _SLOW else [once() for _ in range(PASSES)]
+        with modes_kept(student):
+            student.train()
+            first = once()
+            passes = [first] if first > _SLOW else [once() for _ in range(PASSES)]
         optimizer = _optimizer_seconds(sum(p.numel() for p in trained), device, now)
     finally:
         for p in trained:
@@ -110,7 +112,6 @@ def measure_floor(
             for name, b in student.named_buffers():
                 if not torch.equal(b, buffers[name]):  # such as running statistics
                     b.copy_(buffers[name])
-        student.train(mode)
         restore_rng(*rng)
     return min(passes) * len(pieces) + optimizer  # the least: whatever else uses the machine only adds
 

@@ -18,6 +18,7 @@ from kd_kit import offline
 from kd_kit.cards import profile_for
 from kd_kit.experts import ask_once_per_layer
 from kd_kit.head import alone_with, body_of, head_of
+from kd_kit.modes import modes_kept
 from kd_kit.pair import TokenizerPair, pair_tokenizers
 from kd_kit.vocab import Vocabulary
 
@@ -252,12 +253,10 @@ def check_model(model, vocab: Vocabulary, window: int, who: str) -> None:
             f"call build_data(window={context}) or less"
         )
     ids = torch.arange(min(8, entries), device=head.weight.device).unsqueeze(0)
-    with alone_with(model), torch.no_grad():
-        training = model.training
+    with alone_with(model), modes_kept(model), torch.no_grad():
         model.eval()
         theirs = model(input_ids=ids, use_cache=False).logits.float()
         ours = head.logits(body_of(model)(input_ids=ids, use_cache=False).last_hidden_state)
-        model.train(training)
     if not theirs.isfinite().all():
         raise ValueError(
             f"build_trainer: expected finite {who} logits, got NaN or infinity from {type(model).__name__} in "

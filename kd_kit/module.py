@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kd_kit.gradients import gradient_products, meeting_layer
 from kd_kit.head import Given, head_losses, head_of
+from kd_kit.modes import modes_kept
 from kd_kit.packed_body import run_body
 from kd_kit.readings import Needs, Reading
 from kd_kit.reduce import masked_sum
@@ -189,16 +190,14 @@ def settle_parts(module: DistillModule, teacher, batches: Iterable[DistillBatch]
         return
     for part in waiting:
         part.forget()
-    training = module.training
-    module.eval()
-    with torch.no_grad():
+    with modes_kept(module), torch.no_grad():
+        module.eval()
         for batch in batches:
             signal, output = teacher.signal(batch), module.output(batch)
             for part in waiting:
                 part.observe(output, signal, batch)
     for part in waiting:
         part.settle()
-    module.train(training)
 
 
 def all_needs(terms: Sequence[LossTerm]) -> Needs:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_kit.head import alone_with, body_of
+from kd_kit.modes import modes_kept
 
 Back = Callable[[Tensor], Tensor]
 """[R, L, ...] of packed rows to [B, T, ...] of windows, 0 at padding; [B, T, ...] stays what it is."""
@@ -79,13 +80,9 @@ def why_not_packed(model: nn.Module, width: int = 0) -> str | None:
     known = _APART.setdefault(model, {})
     kind = str(getattr(config, "_attn_implementation", None))
     if kind not in known:
-        with alone_with(model):
-            training = model.training
+        with alone_with(model), modes_kept(model):
             model.eval()
-            try:
-                known[kind] = _measure(model)
-            finally:
-                model.train(training)
+            known[kind] = _measure(model)
     return known[kind]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_kit.gradients import gradient_at
+from kd_kit.modes import modes_kept
 from kd_kit.module import DistillModule
 from kd_kit.packed_body import Back
 from kd_kit.readings import Needs
@@ -29,15 +30,10 @@ def as_in_evaluation(trainer) -> Iterator[None]:
     random state of torch with it.
     """
     device = trainer.session.device
-    modes = {module: module.training for module in trainer.module.modules()}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            trainer.module.eval()
-            with trainer.accelerator.autocast():
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), modes_kept(trainer.module):
+        trainer.module.eval()
+        with trainer.accelerator.autocast():
+            yield
 
 
 class KeptTeacher(LiveTeacher):

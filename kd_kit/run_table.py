@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_kit.alarms import standing_alarms
-from kd_kit.history import History, verdict
+from kd_kit.history import History, usual_times_floor, verdict
 from kd_kit.table import Table, plain, short
 
 FIGHTS = -0.3
@@ -101,6 +101,8 @@ def status(history: History) -> str:
     now = history.last("train")
     if now is None:
         return "no steps yet"
+    if now.get("times_floor") is not None:
+        now = now | {"times_floor": usual_times_floor(history)}  # one step alone says little
     whole = history.total_steps
     parts = [f"step {now['step']:,}" + (f" of {whole:,} ({now['step'] / whole:.0%})" if whole else "")]
     return " · ".join([*parts, *measurements(now)])

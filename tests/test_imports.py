@@ -33,6 +33,7 @@ LEVELS = {
         "vocab",
         "spelling",
         "inside",
+        "modes",
         "packing",
         "pair",
         "readings",

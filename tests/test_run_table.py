@@ -17,6 +17,7 @@ from kd_kit.run_table import (
     last_events,
     last_measured,
     loss_table,
+    status,
 )
 
 
@@ -129,3 +130,11 @@ def test_alarms_that_stand_and_events():
     history.append(event("saved", "step-00000010"))
     assert alarm_lines(history)[0] == "Alarm: kd is high, since step 3."
     assert last_events(history, 2) == ["alarm at step 10: of another form", "cleared at step 10: kd is well"]
+
+
+def test_the_header_says_what_is_usual_and_not_what_one_step_took():
+    history = build({"lm": constant(4.0)})
+    for times in (1.2, 1.3, 1.4, 9.0):
+        history.append({**history.last("train"), "times_floor": times})
+    assert "1.4 × the floor" in status(history)  # the median of 1.2, 1.3, 1.4 and 9 is 1.35
+    assert "floor" not in status(build({"lm": constant(4.0)}))

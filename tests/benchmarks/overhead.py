@@ -153,16 +153,22 @@ def arithmetic(given, batch) -> dict[str, float]:
     }
 
 
-def profiled(name: str, work: Callable[[], None], device: torch.device) -> None:
+def profiled(name: str, work: Callable[[], None], device: torch.device) -> list[dict]:
+    """The operations that one kind of step spends its time in, those above 1% of it."""
     from torch.profiler import ProfilerActivity, profile
 
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=kinds) as found:
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])) as found:
         work()
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
-    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(f"\n{name}\n{found.key_averages().table(sort_by=order, row_limit=25)}")
+    taken = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in found.key_averages()}
+    whole = sum(taken.values())
+    return [
+        {"step": name, "operation": key, "share of the step": f"{time / whole:.1%}", "ms": time / 1000}
+        for key, time in sorted(taken.items(), key=lambda item: -item[1])
+        if time > 0.01 * whole
+    ]
 
 
 def main() -> None:
@@ -172,7 +178,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="of a batch; 1, on a card 8")
     parser.add_argument("--rounds", type=int, help="5, on a card 20")
     parser.add_argument("--layers", type=int, nargs=2, default=(mission.TEACHER_LAYERS, mission.STUDENT_LAYERS))
-    parser.add_argument("--profile", action="store_true", help="print where the time of every kind of step goes")
+    parser.add_argument("--profile", action="store_true", help="where the time of every kind of step goes, instead")
     given = parser.parse_args()
     device = torch.device(given.device)
     cuda = device.type == "cuda"
@@ -192,9 +198,14 @@ def main() -> None:
         session = Session(Path(folder), device=given.device, precision="fp16" if cuda else "no")
         every = works(given, session, batch, data, student, teacher)
         if given.profile:
+            rows = []
             for name, work in every.items():
                 work()
-                profiled(name, work, device)
+                rows += profiled(name, work, device)
+            kind = "of the card" if cuda else "of one thread"
+            save(
+                f"overhead-profile{'-cuda' if cuda else ''}", rows, notes=f"Operations above 1% of a step, time {kind}."
+            )
             return
         times = alternate(every, rounds=given.rounds, clock=time.perf_counter if cuda else time.process_time)
     wanted = arithmetic(given, batch)

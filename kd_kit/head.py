@@ -73,8 +73,13 @@ def chunk_bytes(device: torch.device) -> int:
     On a card a 64th of its memory, 256 MiB of 16 GiB: a product with few rows is slow there.
     """
     if device.type == "cuda":
-        return max(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
+        return card_chunk_bytes(torch.cuda.get_device_properties(device).total_memory)
     return CHUNK_BYTES
+
+
+def card_chunk_bytes(memory: int) -> int:
+    """:func:`chunk_bytes` on a card with so many bytes."""
+    return max(CHUNK_BYTES, memory // 64)
 
 
 def head_of(model: nn.Module) -> Head:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from kd_kit.head import CHUNK_BYTES, chunk_bytes, head_of
+from kd_kit.head import CHUNK_BYTES, card_chunk_bytes, chunk_bytes, head_of
 
 _COPIES = 4  # of a chunk of logits that a backward pass holds at once
 
@@ -89,8 +89,17 @@ def estimate_memory(
     )
 
 
-def memory_of(trainer) -> Memory:
-    """:func:`estimate_memory` of a trainer, with batches as long as its windows can get."""
+CARD = 16 * 2**30
+"""Bytes of the card that people get for nothing: a P100 or a T4."""
+
+
+def memory_of(trainer, *, card: int | None = None) -> Memory:
+    """:func:`estimate_memory` of a trainer, with batches as long as its windows can get.
+
+    Args:
+        card: bytes of a card that the run may move to: what it would need there, beside its teacher in half precision
+            and under autocast. None: what it needs where it is.
+    """
     student, teacher = trainer.student, trainer.teacher
     config = student.config.get_text_config()
     width = config.hidden_size
@@ -99,18 +108,20 @@ def memory_of(trainer) -> Memory:
     if experts:
         inner = experts * (getattr(config, "moe_intermediate_size", None) or inner)
     every = list(trainer.module.parameters())
-    beside = teacher is not None and teacher.device == trainer.session.device
+    beside = teacher is not None and (card is not None or teacher.device == trainer.session.device)
+    weights = list(teacher.model.parameters()) if beside else []
+    half = trainer.session.precision != "no" if card is None else True
     return estimate_memory(
         parameters=sum(p.numel() for p in every),
         trained=sum(p.numel() for p in every if p.requires_grad),
-        teacher_bytes=size_of(teacher.model.parameters()) if beside else 0,
+        teacher_bytes=size_of(weights) if card is None else sum(p.numel() * min(2, p.element_size()) for p in weights),
         tokens=trainer.data.batch_size * trainer.data.window,
         layers=config.num_hidden_layers,
         width=width,
         inner=inner,
         vocabulary=head_of(student).weight.shape[0],
-        half=trainer.session.precision != "no",
-        chunk=chunk_bytes(trainer.session.device),
+        half=half,
+        chunk=chunk_bytes(trainer.session.device) if card is None else card_chunk_bytes(card),
     )
 
 

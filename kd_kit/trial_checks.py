@@ -24,7 +24,7 @@ from kd_kit.facts import (
 from kd_kit.forecast import sessions_needed
 from kd_kit.history import verdict
 from kd_kit.kaggle_place import room
-from kd_kit.memory import device_memory, memory_of, process_peak, size_of
+from kd_kit.memory import CARD, device_memory, memory_of, process_peak, size_of
 from kd_kit.readings import SharedReading, SortedReading
 from kd_kit.table import plain, short, span
 from kd_kit.trainer import Trainer, save_interval
@@ -306,6 +306,8 @@ def fits(facts: Facts) -> Found:
     if peak is not None:
         measured += f"; {'trial' if device.type == 'cuda' else 'process'} {gigabytes(peak)}"
     measured += f" of {gigabytes(there)}"
+    if device.type != "cuda":
+        measured += f"; on a card of {gigabytes(CARD)} about {gigabytes(memory_of(one, card=CARD).total)}"
     used = max(needs.total, peak or 0)
     if out or used > 0.97 * there:
         return measured, FAIL, f"it does not fit, most of it {needs.largest}: {smaller}"

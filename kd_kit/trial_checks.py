@@ -299,15 +299,15 @@ def fits(facts: Facts) -> Found:
         "teacher in half precision"
     )
     out = [e for e in trial.errors.values() if isinstance(e, (torch.OutOfMemoryError, MemoryError))]
-    measured = f"about {gigabytes(needs.total)}"
+    measured = f"{gigabytes(needs.total)}"
     if there is None:
         return measured, LOOK, "this system does not say how much memory it has"
     peak = trial.peak if device.type == "cuda" else process_peak()
     if peak is not None:
-        measured += f"; {'trial' if device.type == 'cuda' else 'process'} {gigabytes(peak)}"
+        measured += f", {'trial' if device.type == 'cuda' else 'process'} {gigabytes(peak)}"
     measured += f" of {gigabytes(there)}"
     if device.type != "cuda":
-        measured += f"; on a card of {gigabytes(CARD)} about {gigabytes(memory_of(one, card=CARD).total)}"
+        measured += f"; {CARD // 2**30} GB card {gigabytes(memory_of(one, card=CARD).total)}"
     used = max(needs.total, peak or 0)
     if out or used > 0.97 * there:
         return measured, FAIL, f"it does not fit, most of it {needs.largest}: {smaller}"

@@ -1,6 +1,6 @@
 """One step of the mission at its full shape, in a process of its own; what it took as JSON in the last line.
 
-    python tests/real/shape_run.py LAYERS EXPERTS ACTIVE FOLDER
+python tests/real/shape_run.py LAYERS EXPERTS ACTIVE FOLDER
 """
 
 from __future__ import annotations

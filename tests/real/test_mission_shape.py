@@ -1,7 +1,7 @@
 """The mission at its full shape, with random weights: a Huihui-MoE-1B teacher in float16, a SmolLM-135M student.
 
-Real tokenizers, all nine terms, one step of two short windows on the CPU; evaluation outside autocast, a checkpoint, and
-a new trainer that goes on from it. What a run of that shape needs on a card of 16 GB is reckoned, not run.
+Real tokenizers, all nine terms, one step of two short windows on the CPU, evaluation outside autocast, a save, and
+a new trainer that goes on from it. What such a run needs on a card of 16 GB is reckoned, not run.
 """
 
 from __future__ import annotations

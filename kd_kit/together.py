@@ -142,7 +142,7 @@ class Together:
         if self.processes.count == 1:
             return
         groups, state = self._state()
-        self._order({"do": "state", "state": state})
+        self._order({"do": "state", "state": state | {"save_number": self.save_number}})
         self.processes.tensors({f"{group}/{name}": t for group, of in groups.items() for name, t in of.items()})
         self._differs = False
 

@@ -149,7 +149,7 @@ LEVELS = {
         "looks",
         "demo",
     ],
-    "faces": ["panel", "dashboard", "probe_panel", "notebook_run"],
+    "faces": ["panel", "dashboard", "probe_panel", "notebook_run", "launched", "launching"],
     "kernels on Kaggle": [
         "kernel_metadata",
         "payload",

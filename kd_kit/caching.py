@@ -89,8 +89,14 @@ def build_cache(
             def wake() -> None:
                 model.enter_context(teacher.awake())
 
-            with claims.folder():  # of several that begin a cache at once, one does
-                cache = _opened(place, trainer, live, precision, per_shard, wake)
+            def opened() -> Cache:
+                with claims.folder():  # of several that begin a cache at once, one does
+                    return _opened(place, trainer, live, precision, per_shard, wake)
+
+            # of several processes of a run the first one begins it: what it says, or refuses, is said once
+            first: list[Cache] = []
+            trainer.processes.led(f"build_cache of {trainer.session.name}", lambda: first.append(opened()))
+            cache = first[0] if first else opened()
             cache.clear_leftovers(claims)
             if not claims.certain:
                 say(f"cache: no locks in {shown(place)}: let one process at a time work on this cache")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -269,11 +270,10 @@ class Processes:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # of the library below: the other end of a connection is gone
-            said = str(error).strip().splitlines()
             raise ProcessLost(
-                f"expected all {self.count} processes to go on, got process {self.rank} alone: another one is gone "
-                f"({said[0][:160] if said else type(error).__name__}); what ended it stands above in its own words, or "
-                "it was killed, as the system does when memory runs out"
+                f"expected all {self.count} processes to go on, got word on process {self.rank} that another one is "
+                f"gone ({_in_short(error)}); what ended it stands in its own output, or it was killed, as the system "
+                "does when memory runs out"
             ) from error
         self._whole = True
 
@@ -287,6 +287,12 @@ def portable(error: BaseException) -> BaseException:
     except Exception:  # whatever an error's class does when it is made again
         pass
     return RuntimeError(f"{type(error).__name__}: {error}".removesuffix(": "))
+
+
+def _in_short(error: BaseException) -> str:
+    """What the library below says, without where in it that is and what it supposes."""
+    said = re.sub(r"^\[[^]]*:\d+\] ", "", str(error).strip()).splitlines()
+    return said[0].split(". ")[0][:160] if said else type(error).__name__
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -105,6 +105,7 @@ class Together:
                 setattr(self, name, value)
             self.terms = self.module.terms = tuple(replace(t, weight=weights[t.name]) for t in self.terms)
             mark_stepped(self.student, self.step > 0)
+            self.history.look()
         if differs:
             processes.share(self.module.state_dict().values())
             self._differs = False
@@ -120,14 +121,15 @@ class Together:
             with StopRequests(quiet=True) as self._requests:
                 return self._led("Trainer.fit", lambda: "")
         except BaseException as error:
+            if isinstance(error, ProcessLost):
+                error = self._lost(error)
             self.stop_reason = f"failed: {type(error).__name__}: {error}".removesuffix(": ")
             self._prepare()
             if isinstance(error, ProcessLost):
-                raise self._lost(error) from error.__cause__
+                raise error from error.__cause__
             raise
         finally:
             self._feed = None  # ends the processes that prepare batches
-            self.history.look()
 
     def _obey(self, order: dict) -> None:
         if order["do"] == "state":

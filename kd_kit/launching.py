@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -91,10 +92,17 @@ def _serialised(fn: Callable[..., object], args: tuple) -> bytes:
 
 
 def _command(count: int, folder: Path) -> list[str]:
-    several = ["--multi_gpu", "--main_process_port", "0"] if count > 1 else []
+    several = ["--multi_gpu", "--main_process_port", str(_free_port())] if count > 1 else []
     plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count)]
     return [*launcher, *plain, *several, "-m", "kd_kit.launched", str(folder)]
+
+
+def _free_port() -> int:
+    """A port that nobody listens at; older launchers take a 0 as it stands, and wait there."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _environment() -> dict[str, str]:

@@ -240,7 +240,7 @@ class Processes:
         if self.count == 1:
             return
         for bucket in _buckets(list(tensors)):
-            flat = torch.cat([_bytes(t) for t in bucket]).to(self._device)
+            flat = torch.cat([_bytes(t).to(self._device) for t in bucket])  # some may be on the host
             with self._together():
                 flat = broadcast(flat)
             if self.leads:

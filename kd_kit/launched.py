@@ -11,6 +11,8 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 from kd_kit.processes import ProcessLost
 
 
@@ -29,6 +31,8 @@ def main(folder: Path) -> int:
     try:
         fn, args = dill.loads((folder / "call").read_bytes())
         fn(*args)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # in order, and not while the interpreter is taken down
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (0, None):
             (folder / f"done-{rank}").touch()

@@ -12,6 +12,7 @@ from kd_kit.evaluation import agreement, evaluate, score
 from kd_kit.expert_terms import router_term
 from kd_kit.fault import last_fault
 from kd_kit.kd_terms import kd_term, span_term
+from kd_kit.launching import launch
 from kd_kit.learning_rate import LearningRate, cosine
 from kd_kit.models import build_student, build_teacher, build_tokenizers, export
 from kd_kit.plots import loss_figure, loss_table
@@ -69,6 +70,7 @@ __all__ = [
     "inspect_checkpoint",
     "kd_term",
     "last_fault",
+    "launch",
     "layerwise_term",
     "lm_term",
     "load_weights",

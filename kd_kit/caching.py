@@ -53,9 +53,10 @@ def build_cache(
     again at any time: it goes on after the last whole shard, also after a kill, and shards that an attached input holds
     are copied. When it is complete the trainer reads it instead of asking the teacher, whose weights leave the card.
 
-    Several processes that give one ``folder``, each with a trainer of a run of its own and the same batch size, share
-    the work: they take shards in turn, those of a killed one are taken over, and each returns when all is there. For
-    two cards, start the same script twice with ``CUDA_VISIBLE_DEVICES=0`` and ``=1`` and another run name each.
+    Several processes share the work: they take shards in turn, and each returns when all is there. Those of one run
+    (``accelerate launch --num_processes 2 script.py``, on one machine or with a folder that all machines see) as well
+    as programs that give one ``folder``, each with a trainer of a run of its own and the same batch size, where the
+    shards of one that was killed are taken over by the others.
 
     A finished cache is compared with the live teacher on a few windows, see :mod:`kd_kit.cache_fidelity`: how far what
     is read back is from what a live run would train on now, and by K, what fewer cells would leave unsaid.
@@ -76,25 +77,32 @@ def build_cache(
     Source: for few targets per position, kept once and read many times, https://arxiv.org/abs/2503.16870
     """
     _refuse(trainer, precision, per_shard)
+    say = trainer.processes.say
     teacher, windows = trainer.teacher, trainer.data.train
     live = LiveTeacher(teacher.model, teacher.bridge, trainer.module.needs, more_experts=teacher.more_experts)
     place = Path(folder) if folder is not None else trainer.session.folder / "cache"
     check_writable(place)
     per_shard = per_shard or min(PER_SHARD, max(16, len(windows) // 16))
-    with trainer._locked(), StopRequests() as requests, Claims(place) as claims:
+    with trainer._locked(), StopRequests(quiet=not trainer.processes.leads) as requests, Claims(place) as claims:
         with contextlib.ExitStack() as model:  # is fetched back to its card only if it is asked anything
 
             def wake() -> None:
                 model.enter_context(teacher.awake())
 
-            with claims.folder():  # of several that begin a cache at once, one does
-                cache = _opened(place, trainer, live, precision, per_shard, wake)
+            def opened() -> Cache:
+                with claims.folder():  # of several that begin a cache at once, one does
+                    return _opened(place, trainer, live, precision, per_shard, wake)
+
+            # of several processes of a run the first one begins it: what it says, or refuses, is said once
+            first: list[Cache] = []
+            trainer.processes.led(f"build_cache of {trainer.session.name}", lambda: first.append(opened()))
+            cache = first[0] if first else opened()
             cache.clear_leftovers(claims)
             if not claims.certain:
-                print(f"cache: no locks in {shown(place)}: let one process at a time work on this cache")
+                say(f"cache: no locks in {shown(place)}: let one process at a time work on this cache")
             if damaged := cache.drop_damaged(claims):
-                print(f"cache: damaged, deleted and made again: {', '.join(damaged)}")
-            _take_attached(cache, claims)
+                say(f"cache: damaged, deleted and made again: {', '.join(damaged)}")
+            _take_attached(cache, claims, say)
             if not cache.complete:
                 wake()
                 _build(cache, claims, trainer, live, requests)
@@ -105,7 +113,9 @@ def build_cache(
                         cache.manifest["fidelity"] = _fidelity(cache, trainer, live)
                         cache.write_manifest()
                 cache.clear_leftovers(claims)  # of processes that died since
-        if cache.complete and getattr(teacher, "cache", None) is not cache:
+        # all processes of a run train from it, or none does
+        complete = all(trainer.processes.gather(cache.complete))
+        if complete and getattr(teacher, "cache", None) is not cache:
             _use(cache, trainer, live, teacher.home)
     return cache
 
@@ -248,7 +258,7 @@ def _forecast(cache: Cache, trainer, live) -> dict[str, float]:
     return {name: round(size, 1) for name, size in each.items()}
 
 
-def _take_attached(cache: Cache, claims: Claims) -> None:
+def _take_attached(cache: Cache, claims: Claims, say: Callable[[str], None]) -> None:
     """Shards of the same content that an input holds, as the output of an earlier session."""
     for folder in attached(MANIFEST):
         if cache.complete or folder.resolve() == cache.folder.resolve():
@@ -258,7 +268,7 @@ def _take_attached(cache: Cache, claims: Claims) -> None:
             wanted = cache.manifest["made_of"] | {key: cache.manifest[key] for key in ("precision", "per_shard")}
             held = other.manifest["made_of"] | {key: other.manifest[key] for key in ("precision", "per_shard")}
             if differs := [name for name in wanted if held.get(name) != wanted[name]]:
-                print(f"cache: the one in {folder} has another content ({', '.join(differs)}) and is not used")
+                say(f"cache: the one in {folder} has another content ({', '.join(differs)}) and is not used")
             elif taken := cache.take_from(other, claims):
                 print(f"cache: {taken:,} shards copied from {folder}")
                 with claims.folder():
@@ -297,14 +307,16 @@ def _build(cache: Cache, claims: Claims, trainer, live, requests: StopRequests) 
             pace = f"{short(done / (told - begun))} windows/s"
             to_go = (told - begun) * (cache.manifest["windows"] - cache.windows_there) / max(done, 1)
             waits = ", waiting for those that other processes make" if number is None else ""
-            print(
+            trainer.processes.say(
                 f"cache: {len(cache.shards):,} of {cache.count:,} shards, {pace}, "
                 + (f"about {span(to_go)} to go{waits}" if done else f"none of them new{waits}")
             )
     if not cache.complete:
-        print(f"cache: {over()}")
+        trainer.processes.say(f"cache: {over()}")
     elif done := cache.windows_there - before:
-        print(f"cache: {done:,} windows read in {span(session.now() - begun)}, by all processes that build it")
+        trainer.processes.say(
+            f"cache: {done:,} windows read in {span(session.now() - begun)}, by all processes that build it"
+        )
 
 
 def _claimed(cache: Cache, claims: Claims, over: Callable[[], str | None]) -> Iterator[int | None]:
@@ -398,7 +410,7 @@ def _use(cache: Cache, trainer, live, home: torch.device) -> None:
     trainer.teacher = CachedTeacher(live, cache, trainer.data.train, home=home)
     trainer.teacher.rest()
     trainer.floor_seconds = None  # was measured with the teacher's part of a step
-    print(
+    trainer.processes.say(
         f"cache: complete, {cache.manifest['windows']:,} windows in {shown(cache.folder)}; steps read it, and the "
         "teacher is asked for evaluation only"
     )

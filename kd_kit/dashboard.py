@@ -20,6 +20,7 @@ from kd_kit.drawing import figure_png
 from kd_kit.history import History
 from kd_kit.panel import Panel, widgets_wanted
 from kd_kit.plots import loss_figure, loss_table
+from kd_kit.processes import is_first
 from kd_kit.run_table import alarm_lines, clock
 from kd_kit.schedule_plot import Plan, plan_of
 
@@ -95,8 +96,10 @@ class Dashboard:
         return True
 
     def save(self, path: str | Path) -> Path:
-        """Write the picture as PNG, now, and return where it is."""
+        """Write the picture as PNG, now, and return where it is; of several processes the first one does."""
         path = Path(path)
+        if not is_first():
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self._png())
         return path
@@ -281,7 +284,7 @@ class Dashboard:
         self._said.add(line)
         if self._panel is not None and _in_background():
             self._panel.say(line, warn=True)
-        else:
+        elif is_first():
             print(f"kd_kit: {line}")
 
 

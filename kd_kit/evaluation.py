@@ -282,7 +282,8 @@ class Report:
 def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Report:
     """Measure the student of a run on all held-out text, beside its teacher, its start and a control.
 
-    Writes ``report.json`` into the run folder, or ``report-<limit>-windows.json``.
+    Writes ``report.json`` into the run folder, or ``report-<limit>-windows.json``. Of several processes the first one
+    measures and writes, and all get the report.
 
     Args:
         control: also the student that the same start, tokens and rates give without a teacher; it is trained now if
@@ -295,23 +296,29 @@ def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Rep
     if trainer.teacher is None:
         raise ValueError("evaluate: expected a trainer with a teacher, got one without; use score(model, windows)")
     trainer.resume()  # in a new session the cell that trains may have been left out
-    windows, device = trainer.data.held_out, trainer.session.device
+    say = trainer.processes.say
     students, control_step = {}, None
     try:
         students["before"] = trainer.initial_student()
     except MissingStart as error:
-        print(f"evaluate: without the row of the student before training: {error}")
+        say(f"evaluate: without the row of the student before training: {error}")
     if limit is not None and limit < 1:
         raise ValueError(f"evaluate: expected a limit of at least 1 window, got {limit}")
     if control and trainer.stop_reason in ("interrupted", "terminated"):
-        print(f"evaluate: the run was {trainer.stop_reason}, so no control is trained now")
+        say(f"evaluate: the run was {trainer.stop_reason}, so no control is trained now")
     elif control:
         try:
             students["LM-only control"] = trainer.train_control()
             control_step = trainer.total_steps
         except (ControlUnfinished, MissingStart) as error:
-            print(error)
+            say(error)
     students["distilled"] = trainer.student
+    return trainer._led("evaluate", lambda: _measured(trainer, students, limit, control_step))
+
+
+def _measured(trainer, students: dict[str, nn.Module], limit: int | None, control_step: int | None) -> Report:
+    """The report on these students, written into the run's folder."""
+    windows, device = trainer.data.held_out, trainer.session.device
     for model in students.values():
         model.to(device)
 

@@ -92,6 +92,9 @@ class Keeping:
             )
         if self._resumed:
             return self.step > 0
+        return self._led("Trainer.resume", self._resume_once)
+
+    def _resume_once(self) -> bool:
         with self._locked():
             found = self._resume()
         self._resumed = True
@@ -127,6 +130,7 @@ class Keeping:
     def _take(self, stored: tuple[checkpoint.CheckpointInfo, dict, dict] | None) -> bool:
         """Go on from what :meth:`_stored` found; False where that is the start."""
         self._holds_best = False
+        self._differs = True
         if stored is None:
             # the start that the folder holds, whatever an earlier cell or session did to this student
             self._load_start(self.student)
@@ -165,6 +169,9 @@ class Keeping:
                 "Trainer.save: expected the weights of the last step, got the best ones, which load_best() put in "
                 "their place; they are in best.safetensors, and fit() goes on from the last ones"
             )
+        return self._led("Trainer.save", self._save_locked)
+
+    def _save_locked(self) -> checkpoint.CheckpointInfo:
         self.resume()
         with self._locked():
             return self._save()
@@ -257,6 +264,9 @@ class Keeping:
         Raises:
             ValueError: nothing has been evaluated yet.
         """
+        return self._led("Trainer.load_best", self._load_best)
+
+    def _load_best(self) -> tuple[int, float]:
         self.resume()
         path = self.session.folder / "best.safetensors"
         if not path.exists():
@@ -265,7 +275,7 @@ class Keeping:
                 "is the best so far: trainer.evaluate_now()"
             )
         about = load_weights(self.student, path)
-        self._holds_best = True
+        self._holds_best = self._differs = True
         return int(about["step"]), float(about["bits_per_byte"])
 
     def initial_student(self):
@@ -275,7 +285,10 @@ class Keeping:
             MissingStart: the run was gone on from a checkpoint alone, with a student of another start.
         """
         student = copy.deepcopy(self.student)
-        self._load_start(student)
+        self._led("Trainer.initial_student", lambda: self._load_start(student))
+        if not self.processes.leading:
+            self.processes.share(student.state_dict().values())
+        mark_stepped(student, False)
         return student
 
     def _load_start(self, student) -> None:
@@ -355,6 +368,8 @@ class Keeping:
 
     def _write_run(self) -> None:
         """RUN.json, and with a new run the student's start."""
+        if not self.processes.leads:
+            return
         folder = self.session.folder
         path = folder / "RUN.json"
         content = {"run_id": self.run_id, "name": self.session.name, "config": self._config}
@@ -386,7 +401,7 @@ class Keeping:
     @contextlib.contextmanager
     def _locked(self):
         """Keep other processes out of the run folder; once held, holding it again changes nothing."""
-        if self._holds_lock:
+        if self._holds_lock or not self.processes.leads:
             yield
             return
         with lock_run(self.session.folder):

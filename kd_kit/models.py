@@ -20,6 +20,7 @@ from kd_kit.experts import ask_once_per_layer
 from kd_kit.head import alone_with, body_of, head_of
 from kd_kit.modes import modes_kept
 from kd_kit.pair import TokenizerPair, pair_tokenizers
+from kd_kit.processes import is_first, own_device
 from kd_kit.vocab import Vocabulary
 
 
@@ -125,8 +126,8 @@ def build_teacher(
 
     Args:
         name: a hub name, a folder, a GGUF file, or the embedded teacher.
-        device: where it lives; the first GPU if there is one. On a second one ("cuda:1") the student has the first for
-            itself.
+        device: where it lives; the first GPU if there is one, of several processes each its own. On a second one
+            ("cuda:1") the student has the first for itself.
         dtype: half precision on a GPU, since a frozen teacher needs no more: bfloat16 from capability 8.0, float16
             below; float32 on the CPU.
         quantize: "nf4" or "int8" keeps the linear layers of the body in 4 or 8 bits, for a teacher that is too large
@@ -139,7 +140,7 @@ def build_teacher(
     """
     import transformers
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or own_device())
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= cards:
         raise ValueError(
@@ -157,7 +158,8 @@ def build_teacher(
         model = model.to(device)
     else:
         packed, whole = _packed_bytes(model)
-        print(f"teacher: {packed / 1e6:,.1f} of {whole / 1e6:,.1f} MB of weights are in {quantize}")
+        if is_first():
+            print(f"teacher: {packed / 1e6:,.1f} of {whole / 1e6:,.1f} MB of weights are in {quantize}")
     ask_once_per_layer(model)
     return model.eval().requires_grad_(False)
 
@@ -279,10 +281,14 @@ def export(
 ) -> Path:
     """Write the student as a plain transformers folder: weights, configuration and, if given, its tokenizer.
 
+    Of several processes the first one writes; the others do not wait for it.
+
     Args:
         card: text of its README.md, see :func:`kd_kit.model_card.model_card`.
     """
     folder = Path(folder)
+    if not is_first():
+        return folder
     with _no_progress_bars():
         student.save_pretrained(folder)
     if tokenizers is not None:

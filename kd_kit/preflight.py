@@ -121,8 +121,9 @@ def run_preflight(trainer: Trainer) -> Preflight:
     outside its own attributes is run on that state.
 
     Raises:
-        ValueError: the trainer trains in the background.
+        ValueError: the trainer trains in the background, or is one of several processes.
     """
+    trainer.processes.refuse_several("run_preflight")
     if trainer.running:
         raise ValueError(
             "run_preflight: expected a trainer at rest, got one that trains; let it end with trainer.wait(), or "

@@ -328,6 +328,7 @@ def build_probe(trainer, *, position: int = 0, windows: int = 4) -> ProbePanel:
 
     Raises:
         ValueError: a batch that the run has not; a run that trains in the background, or whose folder holds steps that
-            are not loaded.
+            are not loaded; one of several processes.
     """
+    trainer.processes.refuse_several("build_probe")
     return ProbePanel(trainer, position=position, windows=windows)

@@ -133,6 +133,8 @@ class Recovery:
             self._go_back("the weights are not finite", [list(positions)], harmed=True)
 
     def _write_down(self, batches: Sequence[DistillBatch], positions: list[int], scale: float | None) -> Fault:
+        if self.processes.count > 1:  # the first process has its own batches only
+            batches = list(self.data.batches(self.settings["seed"], positions))
         fault = build_fault(
             self,
             trace(self, self._pieces(batches), shares=self.shares_at(self.step - 1)),

@@ -16,7 +16,11 @@ import torch
 from kd_kit.cards import profile_for
 from kd_kit.kaggle_place import kaggle_input, kaggle_working, on_kaggle
 from kd_kit.mirror_places import open_place
+from kd_kit.processes import join, own_device, refuse_sharding, waiting
 from kd_kit.torch_builds import cure_for_kernels, kernels_for, missing_kernels
+
+PRECISIONS = ("no", "fp16", "bf16")
+"""What the student may be computed in, the oldest cards first."""
 
 KAGGLE_HOURS = 11.0
 """Kaggle kills a GPU session after 12 hours and drops its output: stop an hour before."""
@@ -110,7 +114,7 @@ class Session:
         Every trainer has its own: an Accelerator holds on to all that it prepared and to one gradient scaler.
 
         Raises:
-            ValueError: the process is one of several, which this version does not train on.
+            ValueError: accelerate is set up to cut the student into pieces.
         """
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
@@ -118,12 +122,11 @@ class Session:
         # accelerate keeps one state per process and refuses another precision: a cell that chose one may run again
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.precision:
             AcceleratorState._reset_state()
-        accelerator = Accelerator(mixed_precision=self.precision, cpu=self.device.type == "cpu")
-        if accelerator.num_processes > 1:
-            raise ValueError(
-                f"build_session: expected one process, got {accelerator.num_processes}; start the program with plain "
-                "python instead of `accelerate launch`"
-            )
+        refuse_sharding()
+        accelerator = Accelerator(
+            mixed_precision=self.precision, cpu=self.device.type == "cpu", kwargs_handlers=[waiting()]
+        )
+        refuse_sharding(accelerator.distributed_type)
         return accelerator
 
     def within(self, name: str, *, lasting: bool = False) -> Session:
@@ -220,6 +223,9 @@ def build_session(
 ) -> Session:
     """Look at the machine, choose precision and run folder, start the clock. Safe to call again in the same process.
 
+    Of several processes (``accelerate launch --num_processes 2 script.py``) each gets its card; the run folder, the
+    mirror and the clock are those of the first one.
+
     Args:
         run: name of the run; running the notebook again with the same name goes on with it.
         hours: of this session, from the start of the process; ``fit`` stops in time to save. Left out: 11 on Kaggle,
@@ -235,7 +241,8 @@ def build_session(
 
     Raises:
         ValueError: hours that are not positive, an unknown precision, a folder that cannot be written, a path that
-            does not exist, a mirror that cannot be used, or a card that this torch has no kernels for.
+            does not exist, a mirror that cannot be used, a card that this torch has no kernels for, or an accelerate
+            that is set up to cut models into pieces.
     """
     if hours is not None and not hours > 0:
         raise ValueError(f"build_session: expected hours above 0, got {hours}")
@@ -249,11 +256,13 @@ def build_session(
             f"build_session: expected resume_from= as a folder that exists, got {str(resume_from)!r}; pass a run "
             "folder, a checkpoint, or a folder above one"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processes = join(cpu=not torch.cuda.is_available())
+    device = own_device()
     check_kernels(device)
     chosen = precision or default_precision(device)
-    if chosen not in ("no", "fp16", "bf16"):
+    if chosen not in PRECISIONS:
         raise ValueError(f"build_session: expected precision 'no', 'fp16' or 'bf16', got {precision!r}")
+    chosen = min(processes.gather(chosen), key=PRECISIONS.index)  # what every card of the run computes in
     session = Session(
         path,
         device=device,
@@ -264,7 +273,8 @@ def build_session(
         resume_from=None if resume_from is None else Path(resume_from),
         inputs=(kaggle_input(),) if kaggle_input().is_dir() else (),
     )
-    session.place()  # what cannot be reached shows now
+    if processes.leads:
+        session.place()  # what cannot be reached shows now
     session.engine()  # what accelerate cannot do on this machine shows now
     return session
 
@@ -291,17 +301,22 @@ class StopRequests:
     """Turns Interrupt (the notebook's stop button) and SIGTERM into a wish that the loop reads between two steps.
 
     A second Interrupt acts at once, as Python does it. Outside the main thread signals are left alone.
+
+    Args:
+        quiet: say nothing; of several processes one does.
     """
 
-    def __init__(self):
+    def __init__(self, *, quiet: bool = False):
         self.reason: str | None = None
+        self._quiet = quiet
         self._before: dict[int, object] = {}
 
     def _handle(self, number, frame):
         if self.reason is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.reason = "interrupted" if number == signal.SIGINT else "terminated"
-        print(f"\n{self.reason}: finishing the step and saving", file=sys.stderr)
+        if not self._quiet:
+            print(f"\n{self.reason}: finishing the step and saving", file=sys.stderr)
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():

@@ -77,9 +77,18 @@ class Steering:
         Returns:
             why it stopped, also in ``stop_reason``; "running" in the background.
 
+        With several processes every one of them calls it. They take the micro-batches of a step in turn, so the run is
+        that of one process up to rounding; not so with dropout, of which every process draws its own.
+
         Raises:
-            ValueError: it is training already.
+            ValueError: it is training already, or is to train in the background of several processes.
+            ProcessLost: another process of the run is gone.
         """
+        if background and self.processes.count > 1:
+            raise ValueError(
+                f"Trainer.fit: expected background=False in {self.processes.count} processes, got True; there is no "
+                "notebook to give back, and all of them have to train"
+            )
         if self.running:
             raise ValueError("Trainer.fit: expected a trainer at rest, got one that trains already; trainer.wait()")
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
@@ -151,7 +160,7 @@ class Steering:
         self.controls.go_on()
 
     def _say_at_rest(self) -> None:
-        if not self.running:
+        if not self.running and self.processes.leads:
             print("Trainer: nothing trains now, so there is nothing to stop; fit(background=True) can be stopped")
 
     def decay_now(self) -> None:
@@ -178,7 +187,7 @@ class Steering:
                 "Trainer.decay_now: expected the weights of the last step, got the best ones, which load_best() put in "
                 "their place; fit(steps=1) goes on from the last ones, then call it again"
             )
-        self._begin_decay()
+        return self._led("Trainer.decay_now", self._begin_decay)
 
     def _begin_decay(self) -> None:
         """As :meth:`decay_now`, between two steps; nothing where the rate falls already."""

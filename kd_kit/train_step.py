@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,6 +53,7 @@ def take_gradients(
     teacher: LiveTeacher | None,
     shares: Mapping[str, float],
     measure: bool,
+    counts: Sequence[int] | None = None,
 ) -> StepResult:
     """The first half of a step: forward and backward. Changes nothing but gradients, so it can be done again.
 
@@ -61,10 +61,11 @@ def take_gradients(
         accelerator: of accelerate. prepared, optimizer: what it made of ``module`` and of the optimizer.
         shares: of the total, of every term.
         measure: compare the terms' gradients on the first micro-batch.
+        counts: of every term in the whole step, where ``batches`` are a part of it; those of ``batches`` if left out.
     """
     terms, device = module.terms, accelerator.device
     each = [[term.count(b) for b in batches] for term in terms]  # on the host, where they are made
-    counts = [sum(of_term) for of_term in each]
+    counts = [sum(of_term) for of_term in each] if counts is None else list(counts)
     scales = [shares[t.name] / c if c else 0.0 for t, c in zip(terms, counts, strict=True)]
     on_host, batches = batches, [b.to(device, non_blocking=True) for b in batches]
     optimizer.zero_grad(set_to_none=True)  # what a step that was broken off may have left
@@ -76,9 +77,8 @@ def take_gradients(
     gradients: Tensor | None = None
     for number, (batch, here) in enumerate(zip(batches, on_host, strict=True)):
         signal = teacher.signal(batch, here) if asked else None
-        last = number == len(batches) - 1
         # checkpointed layers run again in the backward pass: in the mode, and with the hooks, of this thread alone
-        with alone_with(module.student), contextlib.nullcontext() if last else accelerator.no_sync(prepared):
+        with alone_with(module.student):
             total, part, measured = prepared(batch, signal, scales, measure and number == 0)
             accelerator.backward(total)
         sums += part

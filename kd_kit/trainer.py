@@ -34,6 +34,7 @@ from kd_kit.learning_rate import LearningRate
 from kd_kit.mirror import Mirror
 from kd_kit.module import DistillModule, all_needs, settle_parts
 from kd_kit.optimizer import build_optimizer
+from kd_kit.processes import Processes, ProcessLost
 from kd_kit.recovery import Recovery, is_out_of_memory
 from kd_kit.run_config import changed_settings, check_run, refuse_other_run, run_config
 from kd_kit.session import Session, StopRequests, shown
@@ -52,6 +53,7 @@ from kd_kit.table import short
 from kd_kit.teacher import LiveTeacher
 from kd_kit.tensor_tree import capture_rng, restore_rng
 from kd_kit.terms import LossTerm, lm_term
+from kd_kit.together import ReadHistory, Together
 from kd_kit.train_step import StepResult, apply_gradients, take_gradients
 from kd_kit.types import DistillBatch
 
@@ -91,6 +93,21 @@ def _refuse_other_parts(before: Sequence[LossTerm], after: Sequence[LossTerm]) -
         )
 
 
+def refuse_uneven(accumulation: int, processes: int) -> None:
+    """Raise where the batches of a step cannot be shared out evenly.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if accumulation % processes:
+        below = accumulation // processes * processes
+        fit = f"{below} or {below + processes}" if below else f"{processes} or {2 * processes}"
+        raise ValueError(
+            f"build_trainer: expected accumulation as a multiple of the {processes} processes, got {accumulation}; it "
+            f"counts the batches of a step in all processes together, so pass accumulation={fit}"
+        )
+
+
 def refuse_beside_a_running_one(folder: Path, student) -> None:
     """Raise where a run in the background trains in this folder, or trains this student.
 
@@ -104,7 +121,7 @@ def refuse_beside_a_running_one(folder: Path, student) -> None:
         )
 
 
-class Trainer(Keeping, Steering, Recovery):
+class Trainer(Keeping, Steering, Recovery, Together):
     """A distillation run. Made by :func:`kd_kit.build_trainer`, which explains the arguments.
 
     Attributes:
@@ -138,6 +155,7 @@ class Trainer(Keeping, Steering, Recovery):
     ):
         Steering.__init__(self)
         Recovery.__init__(self)
+        Together.__init__(self)
         self.session = session
         self.student = student
         self.teacher = teacher
@@ -163,11 +181,19 @@ class Trainer(Keeping, Steering, Recovery):
         refuse_beside_a_running_one(folder, student)
         self._prepare()
         self._parts_start = copy.deepcopy(self.module.parts.state_dict())
-        config = run_config(self)
+        self.run_id, self._config = self.processes.led(f"build_trainer of {session.name}", self._find_or_begin)
+        path = folder / "metrics.jsonl"
+        self.history = History(path) if self.processes.leads else ReadHistory(path)
+        self._log = self._new_log()
+        self._owner = object()
+        own(student, self._owner)
+
+    def _find_or_begin(self) -> tuple[str, dict]:
+        """The id and the configuration of the run in the folder; a new one begins there."""
+        folder, student, config = self.session.folder, self.student, run_config(self)
         self._bring_here(config)
         found = check_run(folder, config)
-        self.history = History(folder / "metrics.jsonl")
-        self._log = self._new_log()
+        History(folder / "metrics.jsonl")  # what cannot be read shows before anything is written
         if found is None and was_stepped(student):
             raise ValueError(
                 f"build_trainer: expected an untouched student for the new run in {str(folder)!r}, got one that "
@@ -183,8 +209,7 @@ class Trainer(Keeping, Steering, Recovery):
                     self._write_run()
         elif not (folder / START).exists() and start_fingerprint(student) == config["start"]:
             save_weights(student, folder / START)  # the run was found as a bare checkpoint
-        self._owner = object()
-        own(student, self._owner)
+        return self.run_id, config
 
     def _prepare(self) -> None:
         """The state of a run before its first step: counters, module, optimizer, scaler."""
@@ -207,16 +232,25 @@ class Trainer(Keeping, Steering, Recovery):
         self._holds_best = False
         self._rng: tuple | None = None  # of the run while it is at rest: what other cells draw is not drawn from it
         self.accelerator = self.session.engine()
+        self.processes = Processes(self.accelerator.state)
         self.module = DistillModule(self.student, self.terms).to(self.session.device)
         self.optimizer = build_optimizer(
             self.module, learning_rate=self.settings["learning_rate"], weight_decay=self.settings["weight_decay"]
         )
-        self._prepared, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
+        # without a wrapper that would sum gradients in every backward pass: see kd_kit.together
+        self._prepared = self.accelerator.prepare_model(self.module, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
     # --- what is asked of it ------------------------------------------------------------------------------------
 
     def _fit(self, steps: int | None) -> str:
+        if not self.processes.leads:
+            return self._follow_fit()
+        return self._led("Trainer.fit", lambda: self._fit_here(steps))
+
+    def _fit_here(self, steps: int | None) -> str:
         with self._locked(), StopRequests() as requests:
+            self._requests = requests
             if self._holds_best:
                 self._resumed = False  # what goes on goes on from the last weights, not from the best
             self.resume()
@@ -238,6 +272,8 @@ class Trainer(Keeping, Steering, Recovery):
                 try:
                     self._run_to(end, requests)
                 except BaseException as error:
+                    if isinstance(error, ProcessLost):
+                        error = self._lost(error)
                     self.stop_reason = f"failed: {type(error).__name__}: {error}".removesuffix(": ")
                     self.controls.clear()
                     with contextlib.suppress(Exception):  # what ended the run is what is said
@@ -255,6 +291,8 @@ class Trainer(Keeping, Steering, Recovery):
                     )
                     self._prepare()  # a step may be half done: what goes on later goes on from the last checkpoint
                     self._log = self._new_log()
+                    if isinstance(error, ProcessLost):
+                        raise error from error.__cause__
                     raise
                 finally:
                     self._loop = None
@@ -293,7 +331,8 @@ class Trainer(Keeping, Steering, Recovery):
             started = self.session.now()
             if self._feed is None:  # at the start, and after going back
                 self._feed = self._new_feed(end)
-            positions, batches = zip(*itertools.islice(self._feed, self.settings["accumulation"]), strict=True)
+                self._feed_from = self.step, end, self.cursor.to_json()
+            positions, batches = self._next_batches()
             done = self._train_step(batches, started, positions)
             trained = self.session.now()
             self.seconds += trained - started
@@ -329,6 +368,7 @@ class Trainer(Keeping, Steering, Recovery):
             restore_rng(*self._rng)
         elif self.step == 0:  # so that dropout draws the same in every such run, also when it is back at its start
             set_seed(self.settings["seed"])
+        self._hand_over()
 
     def _find_floor(self) -> None:
         """What a step of this run costs here at the least, once per session; the run goes on as if nothing had been."""
@@ -391,9 +431,13 @@ class Trainer(Keeping, Steering, Recovery):
         text = ", ".join(changes) or "nothing"
         if changes:
             self._event("changed", text)
-            if any((self.session.folder / "ckpt").glob("step-*")):
-                self.save()  # what is on disk goes on with these terms
+            self._led("change_terms", self._save_anew)
         return text
+
+    def _save_anew(self) -> None:
+        """What is on disk goes on with the terms of now."""
+        if any((self.session.folder / "ckpt").glob("step-*")):
+            self.save()
 
     @property
     def _address(self) -> str:
@@ -436,6 +480,9 @@ class Trainer(Keeping, Steering, Recovery):
         """
         if self._elsewhere():
             return self.controls.want("evaluate")
+        return self._led("Trainer.evaluate_now", self._evaluate_now)
+
+    def _evaluate_now(self) -> float:
         self.resume()
         self._flush()
         started = self.session.now()
@@ -484,7 +531,7 @@ class Trainer(Keeping, Steering, Recovery):
         if self._control_student is not None:
             return self._control_student
         self.resume()
-        print(f"control: the same student without a teacher, {self.total_steps:,} steps")
+        self.processes.say(f"control: the same student without a teacher, {self.total_steps:,} steps")
         control = Trainer(
             self.initial_student(),
             None,
@@ -549,30 +596,39 @@ class Trainer(Keeping, Steering, Recovery):
             self.within_memory(work, "statistics before the first step")
 
     def _new_feed(self, end: int) -> Iterator[tuple[int, DistillBatch]]:
-        """Position and batch, in order, from the cursor to the end of the run."""
+        """Position and batch, in order, from the cursor to the end of the run; those that this process takes."""
         count = (end - self.step) * self.settings["accumulation"]
+        processes = self.processes
+
+        def own() -> Iterator[int]:
+            return itertools.islice(self.cursor.upcoming(count), processes.rank, None, processes.count)
+
         whole = self.teacher is not None and self.micro_batch >= self.data.batch_size  # not taken in pieces
         batches = self.data.batches(
             self.settings["seed"],
-            self.cursor.upcoming(count),
+            own(),
             workers=self.settings["workers"],
             on_trouble=lambda text, path: self._event("alarm", text + (f" (stacks: {path})" if path else "")),
             dump_folder=self.session.folder / "faults",
             then=self.teacher.read_ahead if whole else None,
         )
-        return zip(self.cursor.upcoming(count), batches, strict=True)
+        return zip(own(), batches, strict=True)
 
-    def _train_step(self, batches: Sequence[DistillBatch], started: float, positions: Sequence[int]) -> StepResult:
-        """Take a step and record it.
+    def _next_batches(self) -> tuple[tuple[int, ...], tuple[DistillBatch, ...]]:
+        """Positions of all batches of the next step, and those of its batches that this process takes."""
+        count = self.settings["accumulation"]
+        positions, batches = zip(*itertools.islice(self._feed, count // self.processes.count), strict=True)
+        return positions if self.processes.count == 1 else tuple(self.cursor.upcoming(count)), batches
 
-        Args:
-            started: when its batches were asked for, so that a slow loader shows in the speed.
-            positions: of its batches in the run's order.
-        """
-        shares, rate = self.shares_at(self.step), self.rate_at(self.step)
-        measure = self.step % self.settings["measure_every"] == 0 and len(self.terms) > 1
-        mark_stepped(self.student, True)
-        measured = self.within_memory(
+    def _own_gradients(
+        self,
+        batches: Sequence[DistillBatch],
+        shares: dict[str, float],
+        measure: bool,
+        counts: Sequence[int] | None = None,
+    ) -> StepResult:
+        """Forward and backward over these batches; ``counts`` are those of the whole step, where they are a part."""
+        return self.within_memory(
             lambda: take_gradients(
                 self.accelerator,
                 self._prepared,
@@ -582,9 +638,27 @@ class Trainer(Keeping, Steering, Recovery):
                 teacher=self.teacher,
                 shares=shares,
                 measure=measure,
+                counts=counts,
             ),
             "training step",
         )
+
+    def _train_step(self, batches: Sequence[DistillBatch], started: float, positions: Sequence[int]) -> StepResult:
+        """Take a step and record it.
+
+        Args:
+            batches: of the step; of several processes, those that this one takes.
+            started: when its batches were asked for, so that a slow loader shows in the speed.
+            positions: of all its batches in the run's order.
+        """
+        shares, rate = self.shares_at(self.step), self.rate_at(self.step)
+        measure = self.step % self.settings["measure_every"] == 0 and len(self.terms) > 1
+        mark_stepped(self.student, True)
+        if self.processes.count == 1:
+            measured = self._own_gradients(batches, shares, measure)
+        else:
+            self._order_step(positions, shares, rate)
+            measured = self._joint_gradients(lambda: batches, shares, measure=measure)
         done = apply_gradients(
             self.accelerator,
             self.optimizer,
@@ -641,6 +715,9 @@ class Trainer(Keeping, Steering, Recovery):
         )
 
     def _event(self, what: str, text: str) -> None:
+        if not self.processes.leads:
+            self._news.append((what, text))
+            return
         self.history.append({"kind": "event", "step": self.step, "what": what, "text": text})
 
     def _after_step(self, end: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kd_kit import routing
 from kd_kit.balance import Balance, fixed
@@ -15,11 +15,12 @@ from kd_kit.models import check_model
 from kd_kit.module import all_needs
 from kd_kit.packed_body import why_not_packed
 from kd_kit.packing import LEAST_SAVED
+from kd_kit.processes import join
 from kd_kit.session import Session, build_session
 from kd_kit.stages import Schedule, constant
 from kd_kit.teacher import LiveTeacher
 from kd_kit.terms import LossTerm, Setup, lm_term
-from kd_kit.trainer import Trainer, refuse_beside_a_running_one
+from kd_kit.trainer import Trainer, refuse_beside_a_running_one, refuse_uneven
 
 
 def _check_kinds(student, teacher, data, terms, session, steps, schedule, rates, balance, early) -> None:
@@ -112,7 +113,8 @@ def build_trainer(
         early_stopping: on held-out bits per byte; None never stops early.
         finish_in_session: start the learning rate's decay, and so end the run, when this session has just the time
             left for that.
-        accumulation: batches per optimizer step.
+        accumulation: batches per optimizer step, in all processes together; with several processes a multiple of
+            their number.
         more_experts: experts per token of a second pass of a mixture teacher; its next-token distribution is then the
             mean of both passes. Costs a second teacher pass per step.
         seed: of the order of the data, and of what dropout draws: ``fit`` seeds the generators of Python, numpy and
@@ -164,6 +166,8 @@ def build_trainer(
             "pass build_teacher(...), or terms that need none"
         )
     session = session or build_session()
+    processes = join(cpu=session.device.type == "cpu")
+    refuse_uneven(accumulation, processes.count)
     refuse_beside_a_running_one(session.folder, student)  # before its models are touched
     live = None
     check_model(student, data.pair.student_vocab, data.window, "student")
@@ -183,7 +187,7 @@ def build_trainer(
                 pass  # refuses what the teacher cannot do before anything long begins
         # also without a term that needs it: to be compared with
         live = LiveTeacher(teacher, data.pair.bridge, all_needs(terms), more_experts=more_experts)
-    _say_what_is_run_padded(student, teacher, data)
+    _say_what_is_run_padded(student, teacher, data, processes.say)
     settings = {
         "learning_rate": learning_rate,
         "accumulation": accumulation,
@@ -213,13 +217,13 @@ def build_trainer(
     )
 
 
-def _say_what_is_run_padded(student, teacher, data: DistillData) -> None:
+def _say_what_is_run_padded(student, teacher, data: DistillData, say: Callable[[str], None]) -> None:
     """Measure once whether the models keep windows in one row apart; a line where one does not and it costs."""
     for who, model in (("student", student), ("teacher", teacher)):
         why = None if model is None else why_not_packed(model, data.window)
         if why is not None and data.batching.padding > LEAST_SAVED:
             cure = "" if data.unit == "windows" else "; build_data(pack=False) gives it windows of like length"
-            print(f"build_trainer: the {who} runs every window padded in a row of its own, because {why}{cure}")
+            say(f"build_trainer: the {who} runs every window padded in a row of its own, because {why}{cure}")
 
 
 def change_terms(trainer: Trainer, terms: Sequence[LossTerm]) -> str:

@@ -45,6 +45,7 @@ LEVELS = {
     ],
     "things": [
         "real_pass",
+        "processes",
         "machine",
         "checkup",
         "torch_fix",
@@ -120,6 +121,7 @@ LEVELS = {
         "recovery",
         "steering",
         "keeping",
+        "together",
         "trainer",
         "trainer_builder",
         "schedule_plot",
@@ -147,7 +149,7 @@ LEVELS = {
         "looks",
         "demo",
     ],
-    "faces": ["panel", "dashboard", "probe_panel", "notebook_run"],
+    "faces": ["panel", "dashboard", "probe_panel", "notebook_run", "launched", "launching"],
     "kernels on Kaggle": [
         "kernel_metadata",
         "payload",

@@ -72,7 +72,17 @@ LEVELS = {
         "run_lock",
         "cursor",
     ],
-    "models": ["offline", "sources", "experts", "models", "routing", "teacher_rows", "teacher", "signal_pieces"],
+    "models": [
+        "offline",
+        "sources",
+        "experts",
+        "upcycling",
+        "models",
+        "routing",
+        "teacher_rows",
+        "teacher",
+        "signal_pieces",
+    ],
     "decisions": [
         "ranges",
         "terms",

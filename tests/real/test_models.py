@@ -5,7 +5,6 @@ from __future__ import annotations
 import assets
 import pytest
 import torch
-from upcycled import upcycled
 
 import kd_kit as kd
 from kd_kit.history import verdict
@@ -34,7 +33,7 @@ def tokenizer(name: str):
 
 @pytest.fixture(scope="module")
 def mixture(smollm2):
-    return upcycled(smollm2)
+    return kd.upcycle(smollm2)
 
 
 @pytest.fixture(scope="module")

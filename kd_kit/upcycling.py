@@ -31,7 +31,7 @@ def upcycle(dense, *, experts: int = 4, top_k: int = 2, noise: float = 0.0, seed
     Every expert is a copy of the layer's MLP, the routers are drawn at random, and the weights of the chosen experts
     sum to 1. Llama and Mistral become Mixtral, Qwen2 becomes Qwen2-MoE (with a shared expert of one channel that adds
     nothing yet), Qwen3 becomes Qwen3-MoE. What comes back is a new model on the dense one's device, in its dtype and
-    mode; it was compared with the dense one on a few tokens, before any noise.
+    mode, frozen where that one is; it was compared with the dense one on a few tokens, before any noise.
 
     Args:
         dense: a causal language model of transformers; it is left as it was.
@@ -61,7 +61,7 @@ def upcycle(dense, *, experts: int = 4, top_k: int = 2, noise: float = 0.0, seed
             for target, source in _copies(mixture, dense):
                 drawn = torch.randn(source.shape, generator=generator).to(target)
                 target.add_(drawn, alpha=noise * float(source.float().std()))
-    return mixture.train(dense.training)
+    return mixture.train(dense.training).requires_grad_(any(p.requires_grad for p in dense.parameters()))
 
 
 def _check(dense, experts: int, top_k: int, noise: float) -> None:

@@ -97,7 +97,7 @@ def test_seed_draws_other_routers():
     assert not torch.equal(gates[0], gates[2])
 
 
-def test_dtype_mode_and_random_state_stay():
+def test_dtype_mode_freezing_and_random_state_stay():
     old = dense("llama").to(torch.bfloat16).train()
     state = torch.get_rng_state()
     new = kd.upcycle(old)
@@ -106,6 +106,8 @@ def test_dtype_mode_and_random_state_stay():
     assert new.training
     assert old.training
     assert not kd.upcycle(dense("llama")).training
+    assert all(p.requires_grad for p in new.parameters())
+    assert not any(p.requires_grad for p in kd.upcycle(dense("llama").requires_grad_(False)).parameters())
 
 
 def test_it_is_saved_and_loaded_by_plain_transformers(tmp_path):

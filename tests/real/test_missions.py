@@ -1,7 +1,7 @@
 """Two missions from end to end on the CPU, with weights and tokenizers that somebody else made and real English text.
 
-a: SmolLM2-135M, upcycled to a mixture of four experts, teaches a student with Qwen3's whole tokenizer: every second of
-   SmolLM2's layers, and rows made out of the rows of the old tokens that spell the new ones.
+a: SmolLM2-135M, upcycled to a mixture of four experts, teaches a student with Qwen3's whole tokenizer: twenty of
+   SmolLM2's thirty layers, and rows made out of the rows of the old tokens that spell the new ones.
 b: a Qwen3-MoE with Qwen3's whole tokenizer and padding teaches SmolLM2-135M as it is. Its weights are SmolLM2's, too
    (no package carries a trained Qwen3-MoE): brought into Qwen3's form, upcycled, with rows made the same way.
 
@@ -39,7 +39,9 @@ BUILD = Path(__file__).resolve().parents[2] / "build"
 WHY: dict[tuple[str, str], str] = {}
 """Terms that end outside their healthy range, (mission, term), and why; a term that is in range may not stand here."""
 
-NOT_READY: dict[tuple[str, str], str] = {}
+NOT_READY: dict[tuple[str, str], str] = {
+    ("b", "held-out text"): "the teacher is the student's own body behind another tokenizer, and knows no more",
+}
 """Lines of the preflight that fail, (mission, check), and why."""
 
 
@@ -77,9 +79,10 @@ def documents() -> list[str]:
     return pieces
 
 
-def half_as_deep(model):
-    """Every second layer, the last one among them."""
-    model.model.layers = model.model.layers[1::2]
+def without_the_middle(model):
+    """The first ten and the last ten of SmolLM2's thirty layers, which lose less than every third one left out."""
+    layers = list(model.model.layers)
+    model.model.layers = torch.nn.ModuleList([*layers[:10], *layers[-10:]])
     for at, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = at
     model.config.num_hidden_layers = len(model.model.layers)
@@ -215,6 +218,8 @@ def run(mission: Mission, folder: Path, capsys) -> None:
     rows, metas = {}, {term.name: term.meta for term in trainer.terms}
     for name, meta in metas.items():
         values = [record["terms"][name]["value"] for record in steps]
+        values = [value for value in values if value is not None]  # a batch of few spans has no relations
+        assert len(values) > STEPS // 2, name
         assert all(verdict(meta, value) != "impossible" for value in values), (name, values)
         end = sum(values[-4:]) / 4
         rows[name] = {"unit": meta["unit"], "step 1": values[0], "end": end, "healthy": list(meta["healthy"])}
@@ -303,10 +308,10 @@ def test_rows_out_of_old_rows_beside_random_ones(smollm2, capsys):
 
 
 def test_mission_a(smollm2, tmp_path, capsys):
-    """A mixture made of SmolLM2 into a student of half its depth with Qwen3's whole vocabulary."""
+    """A mixture made of SmolLM2 into a student of twenty layers with Qwen3's whole vocabulary."""
     pair = kd.build_tokenizers(teacher=tokenizer("smollm2"), student=tokenizer("qwen3"))
     teacher = kd.upcycle(kd.build_teacher(smollm2, device="cpu"), experts=4, top_k=2, noise=0.02)
-    student = half_as_deep(kd.build_student(smollm2, tokenizer=pair.student))
+    student = without_the_middle(kd.build_student(smollm2, tokenizer=pair.student))
     try:
         run(Mission("a", pair, teacher, student, all_terms, 5e-4, verified=teacher), tmp_path, capsys)
     finally:

@@ -5,11 +5,16 @@ For a teacher that routes where only dense weights are at hand, and for a mixtur
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from kd_kit.cards import profile_for
+from kd_kit.experts import ask_once_per_layer
+from kd_kit.modes import modes_kept
 
 FAMILIES = {"llama": "Mixtral", "mistral": "Mixtral", "qwen2": "Qwen2Moe", "qwen3": "Qwen3Moe"}
 """Dense families by their ``model_type``, and the mixtures of transformers that have their attention."""
@@ -113,11 +118,17 @@ def _empty(dense, experts: int, top_k: int):
         else:
             given |= {"attention_bias": getattr(known, "attention_bias", False)}
     config = getattr(transformers, f"{name}Config")(**given)
-    config.dtype = dense.lm_head.weight.dtype
+    weight = dense.lm_head.weight
+    config.dtype = weight.dtype
+    # an old card has no grouped product for the experts
+    card = torch.cuda.get_device_capability(weight.device) if weight.device.type == "cuda" else None
+    how = profile_for(card).experts_argument(transformers.__version__)
+    how |= {"attn_implementation": known._attn_implementation}
     with torch.random.fork_rng(devices=[]):  # what is drawn here is thrown away
-        made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=known._attn_implementation)
-    made.generation_config = dense.generation_config
-    return made.to(device=dense.lm_head.weight.device, dtype=dense.lm_head.weight.dtype)
+        made = transformers.AutoModelForCausalLM.from_config(config, **how)
+    ask_once_per_layer(made)
+    made.generation_config = copy.deepcopy(dense.generation_config)
+    return made.to(device=weight.device, dtype=weight.dtype)
 
 
 def _fill(mixture, dense, generator: torch.Generator) -> None:
@@ -164,11 +175,8 @@ def _compare(mixture, dense) -> None:
     """Raise unless both models give a few tokens the same logits."""
     device, rows = dense.lm_head.weight.device, dense.lm_head.weight.shape[0]
     ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
-    training = dense.training
-    try:
+    with modes_kept(dense):
         theirs, ours = (model.eval()(input_ids=ids, use_cache=False).logits.float() for model in (dense, mixture))
-    finally:
-        dense.train(training)
     gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
     # sums of two halves in another order: 1e-6 in float32, rounded in every layer in half precision
     if not gap <= (1e-3 if dense.lm_head.weight.dtype == torch.float32 else 0.1):

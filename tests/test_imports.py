@@ -75,18 +75,9 @@ LEVELS = {
     "models": [
         "offline",
         "sources",
-    "models": [
-        "offline",
-        "sources",
         "experts",
         "upcycling",
         "retokenise",
-        "models",
-        "routing",
-        "teacher_rows",
-        "teacher",
-        "signal_pieces",
-    ],
         "models",
         "routing",
         "teacher_rows",

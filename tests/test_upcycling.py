@@ -110,6 +110,21 @@ def test_dtype_mode_freezing_and_random_state_stay():
     assert not any(p.requires_grad for p in kd.upcycle(dense("llama").requires_grad_(False)).parameters())
 
 
+def test_on_an_old_card_experts_run_one_after_the_other(monkeypatch):
+    import transformers
+
+    from kd_kit import upcycling
+    from kd_kit.cards import profile_for
+    from kd_kit.experts import NAME
+
+    old = dense("qwen3")
+    monkeypatch.setattr(upcycling, "profile_for", lambda capability: profile_for((6, 0)))
+    new = kd.upcycle(old)
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        assert new.config._experts_implementation == NAME
+    torch.testing.assert_close(logits(new), logits(old), atol=2e-4, rtol=1e-4)
+
+
 def test_it_is_saved_and_loaded_by_plain_transformers(tmp_path):
     from transformers import AutoModelForCausalLM
 

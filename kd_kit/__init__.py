@@ -29,6 +29,7 @@ from kd_kit.term_evaluation import evaluate_terms
 from kd_kit.terms import LossTerm, lm_term
 from kd_kit.trainer_builder import build_trainer
 from kd_kit.types import LossValue
+from kd_kit.upcycling import upcycle
 from kd_kit.verification import verify
 from kd_kit.vocabulary_audit import audit
 
@@ -87,5 +88,6 @@ __all__ = [
     "score",
     "span_term",
     "two_stage",
+    "upcycle",
     "verify",
 ]

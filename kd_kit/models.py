@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from kd_kit import offline
 from kd_kit.cards import profile_for
+from kd_kit.data import DistillData
 from kd_kit.experts import ask_once_per_layer
 from kd_kit.head import alone_with, body_of, head_of
 from kd_kit.modes import modes_kept
 from kd_kit.pair import TokenizerPair, pair_tokenizers
+from kd_kit.pruning import kept_layers, shorter_config
+from kd_kit.students import shortened
 from kd_kit.vocab import Vocabulary
 
 
@@ -195,40 +200,57 @@ def _packed_bytes(model) -> tuple[int, int]:
 
 
 def build_student(
-    name: str | os.PathLike = offline.STUDENT,
+    name=offline.STUDENT,
     *,
+    layers: int | Sequence[int] | None = None,
+    keep: str = "ends",
+    data: DistillData | None = None,
     from_scratch: bool | None = None,
     seed: int = 0,
 ):
-    """A trainable causal language model with float32 weights.
+    """A trainable causal language model with float32 weights, whole or with some of its layers.
 
     Args:
-        name: a hub name, a folder, a GGUF file, or the embedded student.
+        name: a hub name, a folder, a GGUF file, or the embedded student; with ``layers=`` also a model that you have,
+            which is copied.
+        layers: keep so many of its layers, or those of these numbers (from 1).
+        keep: which ones, where ``layers`` is a number: "ends" leaves out a block in the middle, "spaced" keeps every
+            k-th with the first and the last. See :func:`kd_kit.pruning.kept_layers`.
+        data: with ``layers=``, print bits per byte of 16 of its held-out windows: as the student starts, with all
+            layers, and the same shape from scratch. Its student side must be this model's tokenizer.
         from_scratch: take only the configuration and draw new weights. None: the embedded student always, anything
             else never.
         seed: of the new weights; the caller's random state is left as it was.
 
     Raises:
-        ValueError: nothing loadable there.
+        ValueError: nothing loadable there, or layers that are not there (:func:`kd_kit.pruning.pruned`).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if layers is None and data is not None:
+        raise ValueError("build_student: expected layers= with data=, got data= alone; kd.score says how good it is")
+    if layers is not None and isinstance(name, nn.Module):
+        return shortened(name, layers, keep, data)
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(
             f"build_student: expected a hub name, a folder or a GGUF file, got {type(name).__name__}; a model that you "
-            "have already is a student as it is"
+            "have already is a student as it is, or with layers= the source of a shorter one"
         )
     if from_scratch is None:
         from_scratch = os.fspath(name) == offline.STUDENT
     if from_scratch:
         config = _from_pretrained(AutoConfig, name, "build_student")
         config.dtype = torch.float32
+        if layers is not None:
+            config = shorter_config(config, kept_layers(config.get_text_config().num_hidden_layers, layers, keep))
         with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the states of GPUs are not touched
             torch.default_generator.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config)
     else:
         extra = _gguf_arguments() if os.fspath(name).endswith(".gguf") else {}
         model = _from_pretrained(AutoModelForCausalLM, name, "build_student", dtype=torch.float32, **extra)
+        if layers is not None:
+            model = shortened(model, layers, keep, data)
     return model.train()
 
 

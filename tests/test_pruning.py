@@ -170,7 +170,7 @@ def test_a_pattern_that_breaks_is_refused():
 
 def test_layers_that_compute_something_else_in_their_new_place_are_refused():
     """GPT-2 can scale attention by the number of the layer."""
-    model = build_tiny("gpt2", n_layer=4, scale_attn_by_inverse_layer_idx=True)
+    model = build_tiny("gpt2", n_layer=4, scale_attn_by_inverse_layer_idx=True, attn_implementation="eager")
     with pytest.raises(ValueError, match=r"got hidden states that differ by 0\."):
         pruned(model, (3, 4))
     assert len(layers_of(model)) == 4, "what was tried is left behind"

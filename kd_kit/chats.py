@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 Template = Callable[[list[dict[str, str]]], str]
 """Messages, each {"role", "content"}, to the text of the conversation."""
 
@@ -47,9 +49,20 @@ def template_of(template: str | Template | None, tokenizers) -> Template:
     return lambda messages: tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def is_chat(value: object) -> bool:
-    """Whether a value is a list of messages, of whatever form."""
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(one, Mapping) for one in value)
+def as_chat(value: object) -> list[Mapping] | None:
+    """A list of messages, of whatever form; None for a value that is none.
+
+    pandas holds them in an array, older data sets as lists of roles and of contents.
+    """
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
+    if isinstance(value, Mapping) and value and all(isinstance(part, (list, tuple)) for part in value.values()):
+        lengths = {len(part) for part in value.values()}
+        if len(lengths) != 1:
+            return None
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    there = isinstance(value, list) and len(value) > 0 and all(isinstance(one, Mapping) for one in value)
+    return value if there else None
 
 
 def messages_of(chat: list[Mapping]) -> list[dict[str, str]] | None:

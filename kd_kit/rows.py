@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_kit.chats import MALFORMED, Template, is_chat, messages_of, plain
+from kd_kit.chats import MALFORMED, Template, as_chat, messages_of, plain
 
 MAX_CHARACTERS = 20_000_000  # of one document; tokenising a longer one takes minutes and gigabytes
 _SHOWN = 5  # rows of every reason in a report
@@ -216,9 +216,10 @@ def read_texts(
     """Texts out of a list of strings, a pandas column or a ``datasets`` object, with every unusable row counted.
 
     Refused are rows that are missing (None, NaN), empty or all white space, longer than ``max_characters``, not text,
-    hold nothing but special tokens, or raise when they are read. A list of messages is made text. Bytes are never decoded here: whoever has them knows the encoding. A text with a NUL
-    character is refused although byte-level tokenizers give it back: nobody writes one, binary files and UTF-16 read
-    as something else are full of them, and other programs end the text there; ``text.replace("\\0", "")`` keeps it.
+    hold nothing but special tokens, or raise when they are read. A list of messages is made text. Bytes are never
+    decoded here: whoever has them knows the encoding. A text with a NUL character is refused although byte-level
+    tokenizers give it back: nobody writes one, binary files and UTF-16 read as something else are full of them, and
+    other programs end the text there; ``text.replace("\\0", "")`` keeps it.
 
     Args:
         column: where a row that has several fields keeps its text.
@@ -232,8 +233,9 @@ def read_texts(
             fault.
 
     Raises:
-        ValueError: something that is no sequence of texts, a stream of ``datasets`` without ``maximum``, a data set without that column, nothing usable at all, too
-            much of it unusable, or an iterator that raised and so cannot go on.
+        ValueError: something that is no sequence of texts, a stream of ``datasets`` without ``maximum``, a data set
+            without that column, nothing usable at all, too much of it unusable, or an iterator that raised and so
+            cannot go on.
     """
     report = RowReport() if report is None else report
     columns = _columns_of(texts, column)
@@ -250,8 +252,8 @@ def read_texts(
         report.read += 1
         if columns is not None or isinstance(value, Mapping):
             value, seen = _field(value, column, seen)
-        if is_chat(value):
-            value, reason = _rendered(value, template)
+        if not isinstance(value, str) and (chat := as_chat(value)) is not None:
+            value, reason = _rendered(chat, template)
             report.chats += reason is None
             reason = reason or _refusal(value, max_characters)
         else:
@@ -362,7 +364,10 @@ def _rows_of(texts) -> Iterator[tuple[int, object]]:
 def _only_special(special: Iterable[str]) -> re.Pattern | None:
     """A pattern for texts of special tokens and white space alone; None where there are no such tokens."""
     marks = sorted({mark for mark in special if mark and not mark.isspace()}, key=len, reverse=True)
-    return re.compile(rf"\s*(?:(?:{'|'.join(map(re.escape, marks))})\s*)+") if marks else None
+    if not marks:
+        return None
+    # possessive, ++ and *+: a long row is looked through once, whatever the tokens have in common
+    return re.compile(rf"\s*+(?:(?:{'|'.join(map(re.escape, marks))})\s*+)++")
 
 
 def _rendered(chat: list[Mapping], template: Template) -> tuple[object, str | None]:

@@ -129,9 +129,9 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterable:
     except Exception as error:  # a split or configuration that is not there, a script, a lost connection
         if away:
             raise ValueError(
-                f"expected {name!r} among what datasets has fetched before, since HF_DATASETS_OFFLINE or HF_HUB_OFFLINE "
-                f"is set, got {type(error).__name__}: {' '.join(str(error).split())[:200]}; unset it where there is "
-                "internet, or name a file or folder"
+                f"expected {name!r} among what datasets has fetched before, since HF_DATASETS_OFFLINE or "
+                f"HF_HUB_OFFLINE is set, got {type(error).__name__}: {' '.join(str(error).split())[:200]}; "
+                "unset it where there is internet, or name a file or folder"
             ) from error
         raise ValueError(
             f"expected configuration {config!r}, split {split!r} of {name!r} on the hub, got {type(error).__name__}: "

@@ -382,22 +382,21 @@ def build_data(
         )
     report, held_report = RowReport(), RowReport(source="texts" if share else "held_out")
     limits = {
-        "column": column,
         "max_characters": max_characters,
         "max_refused": max_refused,
         "special": _special_tokens(tokenizers),
         "template": template_of(template, tokenizers),
         "deduplicate": deduplicate,
     }
-    texts = _opened(texts, maximum, column, config, split)
-    held_out = held_out if share else _opened(held_out, maximum, column, config, split)
+    texts, of_texts = _opened(texts, maximum, column, config, split)
+    held_out, of_held_out = (held_out, None) if share else _opened(held_out, maximum, column, config, split)
     try:
-        documents, _ = read_texts(texts, maximum=maximum, report=report, **limits)
+        documents, _ = read_texts(texts, column=of_texts, maximum=maximum, report=report, **limits)
         if share:
             documents, held_texts = _set_apart(documents, held_out, seed, report, held_report)
         else:
             limit = maximum if _is_stream(held_out) else None
-            held_texts, _ = read_texts(held_out, maximum=limit, report=held_report, **limits)
+            held_texts, _ = read_texts(held_out, column=of_held_out, maximum=limit, report=held_report, **limits)
 
         def check() -> None:
             for reports in [[report, held_report]] if share else [[report], [held_report]]:
@@ -413,12 +412,13 @@ def build_data(
 
 
 def _opened(texts, maximum: int | None, column: str, config: str | None, split: str | None):
-    """Texts by name as their rows, one split of a ``DatasetDict``, anything else as it is."""
+    """Texts by name as the values of their column, one split of a ``DatasetDict``, anything else as it is; and the
+    column that is yet to be taken."""
     try:
         if not isinstance(texts, (str, Path)):
-            return one_split(texts, split)
+            return one_split(texts, split), column
         if isinstance(texts, str) and not could_be_named(texts):
-            return texts  # a text, which is refused as one
+            return texts, column  # a text, which is refused as one
         rows, where = named_texts(texts, column=column, config=config, split=split)
     except ValueError as error:
         raise ValueError(f"build_data: {error}") from error
@@ -427,7 +427,7 @@ def _opened(texts, maximum: int | None, column: str, config: str | None, split: 
             f"build_data: expected maximum= with a data set of the hub, got none for {where}; pass how many documents "
             "to read of it, maximum=20_000"
         )
-    return rows
+    return rows, None
 
 
 def _is_stream(texts) -> bool:

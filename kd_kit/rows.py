@@ -204,7 +204,7 @@ def refuse_share(reports: Iterable[RowReport], max_refused: float, rows: int | N
 def read_texts(
     texts: Iterable,
     *,
-    column: str = "text",
+    column: str | None = "text",
     maximum: int | None = None,
     max_characters: int = MAX_CHARACTERS,
     max_refused: float = 1.0,
@@ -222,7 +222,7 @@ def read_texts(
     other programs end the text there; ``text.replace("\\0", "")`` keeps it.
 
     Args:
-        column: where a row that has several fields keeps its text.
+        column: where a row that has several fields keeps its text; None where rows are its values already.
         maximum: read no more than this many usable texts.
         max_refused: share of the rows above which reading stops. Where the number of rows is known, it stops as soon
             as that share of them all is exceeded; elsewhere from 100 rows on at the share of those read.
@@ -250,14 +250,12 @@ def read_texts(
     out, seen = [], columns is not None
     for row, value in _rows_of(texts) if maximum != 0 else ():
         report.read += 1
-        if columns is not None or isinstance(value, Mapping):
+        if column is not None and (columns is not None or isinstance(value, Mapping)):
             value, seen = _field(value, column, seen)
-        if not isinstance(value, str) and (chat := as_chat(value)) is not None:
+        chat, reason = None if isinstance(value, str) else as_chat(value), None
+        if chat is not None:
             value, reason = _rendered(chat, template)
-            report.chats += reason is None
-            reason = reason or _refusal(value, max_characters)
-        else:
-            reason = _refusal(value, max_characters)
+        reason = reason or _refusal(value, max_characters)
         if reason is None and marks is not None and marks.fullmatch(value):
             reason = SPECIAL
         if reason is None:
@@ -269,6 +267,7 @@ def read_texts(
         if reason is None:
             out.append(value)
             report.kept.append(row)
+            report.chats += chat is not None
         else:
             report.refuse(reason, row, value)
             if report.read >= _SURE:

@@ -53,7 +53,7 @@ def test_a_column_of_messages_is_read():
     ],
 )
 def test_the_same_conversation_in_other_forms(value):
-    texts, report = read_texts([value])
+    texts, report = read_texts([{"messages": value}], column="messages")
     assert texts == [plain(CHAT)]
     assert report.chats == 1
 

@@ -241,7 +241,7 @@ def _parquet(file: Path) -> Iterator[dict]:
             try:
                 yield from batch.to_pylist()
                 continue
-            except UnicodeDecodeError:  # in some row of them
+            except KeyError:
                 pass
             columns = {}
             for name, values in zip(batch.schema.names, batch.columns, strict=True):

@@ -25,6 +25,7 @@ from kd_kit.session import build_session
 from kd_kit.stages import Schedule, constant, curriculum, piecewise, progressive, two_stage
 from kd_kit.state_terms import attention_term, contrastive_term, feature_term, layerwise_term, relation_term
 from kd_kit.student_weights import load_weights
+from kd_kit.students import dense_student
 from kd_kit.term_evaluation import evaluate_terms
 from kd_kit.terms import LossTerm, lm_term
 from kd_kit.trainer_builder import build_trainer
@@ -61,6 +62,7 @@ __all__ = [
     "contrastive_term",
     "cosine",
     "curriculum",
+    "dense_student",
     "doctor",
     "evaluate",
     "evaluate_terms",

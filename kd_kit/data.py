@@ -18,6 +18,7 @@ import torch
 from kd_kit import loading
 from kd_kit.align import Ragged, cut_many, starts_of
 from kd_kit.batching import Batching
+from kd_kit.chats import Template, template_of
 from kd_kit.collate import Collator, Side
 from kd_kit.packing import LEAST_SAVED
 from kd_kit.pair import TokenizerPair
@@ -29,6 +30,7 @@ from kd_kit.rows import (
     refuse_share,
     save_refused,
 )
+from kd_kit.text_files import could_be_named, named_texts, one_split
 from kd_kit.tokenised import Document, tokenise
 from kd_kit.types import DistillBatch
 
@@ -318,6 +320,10 @@ def build_data(
     *,
     held_out=0.05,
     column: str = "text",
+    config: str | None = None,
+    split: str | None = None,
+    template: str | Template | None = None,
+    deduplicate: bool = False,
     window: int = 512,
     batch_size: int = 8,
     pack: bool | None = None,
@@ -335,16 +341,21 @@ def build_data(
     cache and read back by the next call, see :func:`kd_kit.tokenised.tokenise`.
 
     Args:
-        texts: a list of strings or one split of a ``datasets`` object; one entry is one document.
-        held_out: texts to evaluate on, or the share of documents to set apart for it.
-        column: where a ``datasets`` object keeps its text.
+        texts: a list of strings, a ``datasets`` object, or the name of a file, a folder or a data set of the hub
+            (:func:`kd_kit.text_files.named_texts`); one entry is one document.
+        held_out: texts of the same kinds to evaluate on, or the share of documents to set apart for it.
+        column: where rows of several fields keep their text, or their conversation: a list of messages.
+        config: of a data set of the hub. split: of it, or of a ``DatasetDict``.
+        template: how a conversation becomes text, which both models then read as plain text: "student" or "teacher",
+            the chat template of that tokenizer; a function of the messages; ``role: content`` paragraphs if left out.
+        deduplicate: leave out texts that an earlier row has, too; they are counted in any case.
         window: tokens of a window, at most, on either side, the document-start token included.
         batch_size: windows, or rows of them, per batch (of one device; see ``accumulation`` of the trainer for more).
         pack: put short windows side by side into rows of ``window`` tokens, and ``batch_size`` rows into a batch. Left
             out: where shuffled batches would be more than a tenth padding. False: windows of like length share a
             batch there, which then holds fewer tokens; for a model that does not keep windows in one row apart.
         stride: tokens that each held-out window scores; the rest of it is context. Half a window if left out.
-        maximum: read no more than this many documents.
+        maximum: read no more than this many documents; needed for the hub and for streams.
         seed: of the choice of held-out documents.
         max_characters: a longer document is refused.
         max_refused: share of the rows, of ``texts`` and of held-out texts each, that may be refused; 1 for any.
@@ -370,13 +381,22 @@ def build_data(
             "on text that was not trained on"
         )
     report, held_report = RowReport(), RowReport(source="texts" if share else "held_out")
-    limits = {"column": column, "max_characters": max_characters, "max_refused": max_refused}
+    limits = {
+        "max_characters": max_characters,
+        "max_refused": max_refused,
+        "special": _special_tokens(tokenizers),
+        "template": template_of(template, tokenizers),
+        "deduplicate": deduplicate,
+    }
+    texts, of_texts = _opened(texts, maximum, column, config, split)
+    held_out, of_held_out = (held_out, None) if share else _opened(held_out, maximum, column, config, split)
     try:
-        documents, _ = read_texts(texts, maximum=maximum, report=report, **limits)
+        documents, _ = read_texts(texts, column=of_texts, maximum=maximum, report=report, **limits)
         if share:
             documents, held_texts = _set_apart(documents, held_out, seed, report, held_report)
         else:
-            held_texts, _ = read_texts(held_out, report=held_report, **limits)
+            limit = maximum if _is_stream(held_out) else None
+            held_texts, _ = read_texts(held_out, column=of_held_out, maximum=limit, report=held_report, **limits)
 
         def check() -> None:
             for reports in [[report, held_report]] if share else [[report], [held_report]]:
@@ -389,6 +409,35 @@ def build_data(
         if quarantine is not None:
             save_refused(quarantine, [report, held_report])
     return DistillData(train, held, batch_size=batch_size, pack=pack)
+
+
+def _opened(texts, maximum: int | None, column: str, config: str | None, split: str | None):
+    """Texts by name as the values of their column, one split of a ``DatasetDict``, anything else as it is; and the
+    column that is yet to be taken."""
+    try:
+        if not isinstance(texts, (str, Path)):
+            return one_split(texts, split), column
+        if isinstance(texts, str) and not could_be_named(texts):
+            return texts, column  # a text, which is refused as one
+        rows, where = named_texts(texts, column=column, config=config, split=split)
+    except ValueError as error:
+        raise ValueError(f"build_data: {error}") from error
+    if maximum is None and where.startswith("the hub"):
+        raise ValueError(
+            f"build_data: expected maximum= with a data set of the hub, got none for {where}; pass how many documents "
+            "to read of it, maximum=20_000"
+        )
+    return rows, None
+
+
+def _is_stream(texts) -> bool:
+    return hasattr(texts, "__iter__") and not hasattr(texts, "__len__")
+
+
+def _special_tokens(tokenizers: TokenizerPair) -> set[str]:
+    """How both tokenizers write their special tokens."""
+    both = tokenizers.teacher, tokenizers.student
+    return {token for tokenizer in both for token in getattr(tokenizer, "all_special_tokens", ())}
 
 
 def _set_apart(

@@ -9,20 +9,25 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from kd_kit import offline
 from kd_kit.cards import profile_for
+from kd_kit.data import DistillData
 from kd_kit.experts import ask_once_per_layer
 from kd_kit.head import alone_with, body_of, head_of
 from kd_kit.modes import modes_kept
 from kd_kit.pair import TokenizerPair, pair_tokenizers
 from kd_kit.processes import is_first, own_device
+from kd_kit.pruning import kept_layers, shorter_config
 from kd_kit.retokenise import name_specials, retokenised
 from kd_kit.spelling import read_vocabulary
+from kd_kit.students import shortened
 from kd_kit.vocab import Vocabulary
 
 
@@ -201,16 +206,25 @@ def _packed_bytes(model) -> tuple[int, int]:
 
 
 def build_student(
-    name: str | os.PathLike = offline.STUDENT,
+    name=offline.STUDENT,
     *,
+    layers: int | Sequence[int] | None = None,
+    keep: str = "ends",
+    data: DistillData | None = None,
     from_scratch: bool | None = None,
     seed: int = 0,
     tokenizer=None,
 ):
-    """A trainable causal language model with float32 weights.
+    """A trainable causal language model with float32 weights, whole or with some of its layers.
 
     Args:
-        name: a hub name, a folder, a GGUF file, or the embedded student.
+        name: a hub name, a folder, a GGUF file, or the embedded student; with ``layers=`` also a model that you have,
+            which is copied.
+        layers: keep so many of its layers, or those of these numbers (from 1).
+        keep: which ones, where ``layers`` is a number: "ends" leaves out a block in the middle, "spaced" keeps every
+            k-th with the first and the last. See :func:`kd_kit.pruning.kept_layers`.
+        data: with ``layers=``, print bits per byte of 16 of its held-out windows: as the student starts, with all
+            layers, and the same shape from scratch. Its student side must be this model's tokenizer, or ``tokenizer``.
         from_scratch: take only the configuration and draw new weights. None: the embedded student always, anything
             else never.
         seed: of the new weights; the caller's random state is left as it was.
@@ -218,17 +232,33 @@ def build_student(
             are made from the rows of the old tokens that spell it (:func:`kd_kit.retokenise.retokenised`).
 
     Raises:
-        ValueError: nothing loadable there, or a tokenizer that cannot be read as bytes.
+        ValueError: nothing loadable there, layers that are not there (:func:`kd_kit.pruning.pruned`), or a tokenizer
+            that cannot be read as bytes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if layers is None and data is not None:
+        raise ValueError("build_student: expected layers= with data=, got data= alone; kd.score says how good it is")
+    if layers is not None and isinstance(name, nn.Module):
+        if tokenizer is not None:
+            raise ValueError(
+                "build_student: expected a name or a folder with tokenizer=, so that the old tokenizer is found there, "
+                f"got a {type(name).__name__}; give it the tokenizer first: kd_kit.retokenise.retokenised(model, old, "
+                "new)"
+            )
+        return shortened(name, layers, keep, data)
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(
             f"build_student: expected a hub name, a folder or a GGUF file, got {type(name).__name__}; a model that you "
-            "have already is a student as it is"
+            "have already is a student as it is, or with layers= the source of a shorter one"
         )
     if from_scratch is None:
         from_scratch = os.fspath(name) == offline.STUDENT
+    if from_scratch and data is not None:
+        raise ValueError(
+            "build_student: expected a source with weights with data=, got new weights, which start from nothing; "
+            "leave data= out"
+        )
     if from_scratch:
         config = _from_pretrained(AutoConfig, name, "build_student")
         config.dtype = torch.float32
@@ -236,6 +266,8 @@ def build_student(
             new, new_name = _load_tokenizer(tokenizer, "build_student", "tokenizer")
             config.get_text_config().vocab_size = read_vocabulary(new, new_name).size
             name_specials(config.get_text_config(), new)
+        if layers is not None:
+            config = shorter_config(config, kept_layers(config.get_text_config().num_hidden_layers, layers, keep))
         with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the states of GPUs are not touched
             torch.default_generator.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config)
@@ -245,6 +277,8 @@ def build_student(
         if tokenizer is not None:
             old, _ = _load_tokenizer(name, "build_student", "name")
             model = retokenised(model, old, _load_tokenizer(tokenizer, "build_student", "tokenizer")[0])
+        if layers is not None:
+            model = shortened(model, layers, keep, data)
     return model.train()
 
 

@@ -260,6 +260,15 @@ def find_routing(model: nn.Module, *, scores: str | None = None) -> Routing:
     )
 
 
+def expert_blocks(model: nn.Module) -> dict[int, nn.Module]:
+    """{layer: the module that holds its router and its experts}, layers counted from 1.
+
+    Raises:
+        ValueError: what :func:`find_routing` raises.
+    """
+    return {layer: router.block for layer, router in _routers(model).items()}
+
+
 def of_layer(value: int | tuple[int, ...], routing: Routing, layer: int) -> int:
     """``routing.experts`` or ``routing.active`` of one layer, where layers may differ."""
     return value[routing.layers.index(layer)] if isinstance(value, tuple) else value

@@ -6,8 +6,10 @@ A row that cannot be used is refused with a reason, counted, and never ends the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -15,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from kd_kit.chats import MALFORMED, Template, as_chat, messages_of, plain
 
 MAX_CHARACTERS = 20_000_000  # of one document; tokenising a longer one takes minutes and gigabytes
 _SHOWN = 5  # rows of every reason in a report
@@ -28,9 +32,17 @@ BYTES = "bytes instead of text: decode them, row.decode()"
 BAD_BYTES = "bytes that are not UTF-8: decode them with the encoding that they are in"
 SURROGATE = "with half a surrogate pair, which no encoding can hold"
 NUL = "with a NUL character, the mark of binary data or of a wrong encoding"
+SPECIAL = "nothing but special tokens"
+SAME = "the same text as an earlier row"
 NOT_GIVEN_BACK = "not given back byte for byte by one of the tokenizers"
 NO_BOUNDARIES = "without two common boundaries within a window"
-_NOT_TEXT = ("missing", "bytes", "not text", "that could not be read")  # reasons whose rows hold no text to quote
+_NOT_TEXT = (
+    "missing",
+    "bytes",
+    "not text",
+    "that could not be read",
+    "a conversation",
+)  # reasons whose rows hold no text to quote
 
 
 def too_long(limit: int) -> str:
@@ -62,6 +74,8 @@ class RowReport:
         kept: row number of every text that was read from them, so that later refusals can name it.
         beginnings: {row number: the first 200 characters of a refused row}; of what is not text its ``repr``, and of a
             row that could not be read the error.
+        duplicates: numbers of the rows whose text an earlier row has, too, to the last letter.
+        chats: how many of the rows are conversations that were made text.
         source: which argument of ``build_data`` the row numbers belong to, "texts" or "held_out".
     """
 
@@ -70,6 +84,8 @@ class RowReport:
     refused: dict[str, list[int]] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
     beginnings: dict[int, str] = field(default_factory=dict)
+    duplicates: list[int] = field(default_factory=list)
+    chats: int = 0
     source: str = "texts"
 
     def refuse(self, reason: str, row: int, value: object = None) -> None:
@@ -82,12 +98,25 @@ class RowReport:
         """How many rows were refused, for whatever reason."""
         return sum(map(len, self.refused.values()))
 
+    @property
+    def faulty_rows(self) -> int:
+        """How many rows were refused because something is wrong with them."""
+        return self.refused_rows - len(self.refused.get(SAME, ()))
+
     def save(self, path: str | os.PathLike) -> Path | None:
         """Write every refused row to a JSON-lines file, see :func:`save_refused`."""
         return save_refused(path, [self])
 
     def __repr__(self) -> str:
         lines = [f"{self.used:,} of {self.read:,} documents used"]
+        if self.chats:
+            lines.append(f"  {self.chats:,} of the rows are conversations, made text")
+        if self.duplicates and SAME not in self.refused:
+            some = ", ".join(f"row {row}" for row in self.duplicates[:_SHOWN])
+            more = ", ..." if len(self.duplicates) > _SHOWN else ""
+            lines.append(
+                f"  {len(self.duplicates):,} used though {SAME} ({some}{more}): deduplicate=True leaves them out"
+            )
         for reason, rows in self.refused.items():
             quoted = not reason.startswith(_NOT_TEXT)
             shown = []
@@ -162,7 +191,7 @@ def refuse_share(reports: Iterable[RowReport], max_refused: float, rows: int | N
         ValueError: more than ``max_refused`` of the rows were refused.
     """
     reports = list(reports)
-    refused, read = sum(r.refused_rows for r in reports), sum(r.read for r in reports)
+    refused, read = sum(r.faulty_rows for r in reports), sum(r.read for r in reports)
     if refused > max_refused * (read if rows is None else rows):
         tables = "\n".join(repr(report) for report in reports if report.refused)
         raise ValueError(
@@ -175,42 +204,70 @@ def refuse_share(reports: Iterable[RowReport], max_refused: float, rows: int | N
 def read_texts(
     texts: Iterable,
     *,
-    column: str = "text",
+    column: str | None = "text",
     maximum: int | None = None,
     max_characters: int = MAX_CHARACTERS,
     max_refused: float = 1.0,
     report: RowReport | None = None,
+    special: Iterable[str] = (),
+    template: Template = plain,
+    deduplicate: bool = False,
 ) -> tuple[list[str], RowReport]:
     """Texts out of a list of strings, a pandas column or a ``datasets`` object, with every unusable row counted.
 
     Refused are rows that are missing (None, NaN), empty or all white space, longer than ``max_characters``, not text,
-    or raise when they are read. Bytes are never decoded here: whoever has them knows the encoding. A text with a NUL
-    character is refused although byte-level tokenizers give it back: nobody writes one, binary files and UTF-16 read
-    as something else are full of them, and other programs end the text there; ``text.replace("\\0", "")`` keeps it.
+    hold nothing but special tokens, or raise when they are read. A list of messages is made text. Bytes are never
+    decoded here: whoever has them knows the encoding. A text with a NUL character is refused although byte-level
+    tokenizers give it back: nobody writes one, binary files and UTF-16 read as something else are full of them, and
+    other programs end the text there; ``text.replace("\\0", "")`` keeps it.
 
     Args:
-        column: where a row that has several fields keeps its text.
+        column: where a row that has several fields keeps its text; None where rows are its values already.
         maximum: read no more than this many usable texts.
         max_refused: share of the rows above which reading stops. Where the number of rows is known, it stops as soon
             as that share of them all is exceeded; elsewhere from 100 rows on at the share of those read.
         report: to be filled in place of a new one, so that it can be looked at when reading stops.
+        special: how the tokenizers write their special tokens.
+        template: what makes a conversation a text, see :mod:`kd_kit.chats`.
+        deduplicate: refuse a text that an earlier row has, too; counted it is in any case, and it never counts as a
+            fault.
 
     Raises:
-        ValueError: something that is no sequence of texts, a data set without that column, nothing usable at all, too
-            much of it unusable, or an iterator that raised and so cannot go on.
+        ValueError: something that is no sequence of texts, a stream of ``datasets`` without ``maximum``, a data set
+            without that column, nothing usable at all, too much of it unusable, or an iterator that raised and so
+            cannot go on.
     """
     report = RowReport() if report is None else report
     columns = _columns_of(texts, column)
+    if maximum is None and columns is not None and not hasattr(texts, "__len__"):
+        raise ValueError(
+            "build_data: expected maximum= with a stream of datasets, which does not say where it ends, got none; pass "
+            "how many documents to read of it, maximum=20_000"
+        )
+    marks = _only_special(special)
+    seen_texts: set[bytes] = set()
     total = _length_of(texts) if maximum is None else None
     out, seen = [], columns is not None
     for row, value in _rows_of(texts) if maximum != 0 else ():
         report.read += 1
-        if columns is not None or isinstance(value, Mapping):
+        if column is not None and (columns is not None or isinstance(value, Mapping)):
             value, seen = _field(value, column, seen)
-        reason = _refusal(value, max_characters)
+        chat, reason = None if isinstance(value, str) else as_chat(value), None
+        if chat is not None:
+            value, reason = _rendered(chat, template)
+        reason = reason or _refusal(value, max_characters)
+        if reason is None and marks is not None and marks.fullmatch(value):
+            reason = SPECIAL
+        if reason is None:
+            key = hashlib.blake2b(value.encode(), digest_size=16).digest()
+            if key in seen_texts:
+                report.duplicates.append(row)
+                reason = SAME if deduplicate else None
+            seen_texts.add(key)
         if reason is None:
             out.append(value)
             report.kept.append(row)
+            report.chats += chat is not None
         else:
             report.refuse(reason, row, value)
             if report.read >= _SURE:
@@ -229,7 +286,8 @@ def _columns_of(texts, column: str) -> list[str] | None:
     """The columns of a ``datasets`` object, None for anything else; refuses what would be read as something else."""
     if isinstance(texts, (str, bytes, bytearray)):
         raise ValueError(
-            "build_data: expected a list of texts, got one string, which would be read letter by letter; pass [text]"
+            "build_data: expected a list of texts, got one string, which would be read letter by letter; pass [text], "
+            "or a Path or the name of a file"
         )
     if texts is None:
         raise ValueError("build_data: expected texts, got None; pass a list of strings or a datasets object")
@@ -237,7 +295,7 @@ def _columns_of(texts, column: str) -> list[str] | None:
     if isinstance(columns, dict):
         raise ValueError(
             f"build_data: expected one split, got a DatasetDict with {', '.join(columns)}; "
-            f"pass texts[{next(iter(columns))!r}]"
+            f"pass split={next(iter(columns), 'train')!r}, or texts[...] of it"
         )
     if isinstance(texts, Mapping) or (hasattr(texts, "iloc") and hasattr(texts, "columns")):
         names = ", ".join(map(str, getattr(texts, "columns", texts)))
@@ -300,6 +358,31 @@ def _rows_of(texts) -> Iterator[tuple[int, object]]:
         except Exception as error:
             value = error
         yield row, value
+
+
+def _only_special(special: Iterable[str]) -> re.Pattern | None:
+    """A pattern for texts of special tokens and white space alone; None where there are no such tokens."""
+    marks = sorted({mark for mark in special if mark and not mark.isspace()}, key=len, reverse=True)
+    if not marks:
+        return None
+    # possessive, ++ and *+: a long row is looked through once, whatever the tokens have in common
+    return re.compile(rf"\s*+(?:(?:{'|'.join(map(re.escape, marks))})\s*+)++")
+
+
+def _rendered(chat: list[Mapping], template: Template) -> tuple[object, str | None]:
+    """A conversation's text, or what it is and why there is none."""
+    messages = messages_of(chat)
+    if messages is None:
+        return chat, MALFORMED
+    if not messages:
+        return "", None
+    try:
+        text = template(messages)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template may refuse roles that do not alternate
+        return error, f"a conversation on which the template raised {type(error).__name__}"
+    return text, None
 
 
 def _field(value, column: str, seen: bool) -> tuple[object, bool]:

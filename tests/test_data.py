@@ -418,7 +418,7 @@ def test_another_seed_holds_out_other_documents():
         ([], "got none"),
         (["", " \n\t "], "got none"),
         ([None, 3], "got none"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a b"]})), r"pass texts\['train'\]"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a b"]})), r"with train; pass split='train'"),
         (datasets.Dataset.from_dict({"body": ["a b"]}), "pass column='body'"),
     ],
 )
@@ -518,7 +518,12 @@ def test_a_data_set_gives_the_same_as_its_list():
 
 def test_a_streamed_data_set_can_be_read():
     stream = datasets.Dataset.from_dict({"text": pages(4)}).to_iterable_dataset()
-    assert build(stream).fingerprint == build(pages(4)).fingerprint
+    assert build(stream, maximum=9).fingerprint == build(pages(4)).fingerprint
+    assert len(build(stream, maximum=3).train.documents) == len(build(pages(3)).train.documents)
+    with pytest.raises(ValueError, match=r"^build_data: expected maximum= with a stream of datasets"):
+        build(stream)
+    with pytest.raises(ValueError, match=r"expected maximum= with a stream"):
+        build(pages(4), held_out=stream)
 
 
 def test_the_fingerprint_sees_one_character():

@@ -375,3 +375,45 @@ def test_a_disk_that_refuses_is_a_warning_and_leaves_the_old_file(tmp_path, monk
         warnings.simplefilter("error")
         data.train.report.save(path)
     assert lines_of(path)[0]["row"] == 1
+
+
+# --- special tokens and duplicates -----------------------------------------------------------------------------------
+
+
+def test_rows_of_special_tokens_alone_are_refused():
+    end = pair().student.eos_token
+    other = pair().teacher.eos_token
+    rows = [end, f" {end}\n{other}{end} ", f"{end} and more", "a good text", f"<{end}>"]
+    data = build(rows)
+    assert data.train.report.refused == {"nothing but special tokens": [0, 1]}
+    assert spelled(data.train) == [row.encode() for row in rows[2:]]
+
+
+def test_many_special_tokens_before_a_text_are_no_trap():
+    """The pattern must not try all ways of cutting them."""
+    texts, report = read_texts(["<s>" * 20_000 + "x", " " * 20_000 + "x", "<s> " * 20_000], special=["<s>", "<s><s>"])
+    assert len(texts) == 2
+    assert report.refused == {"nothing but special tokens": [2]}
+
+
+def test_duplicates_are_counted_and_left_out_when_asked():
+    rows = ["a good text", "another", "a good text", None, "a good text ", "another", "a good text"]
+    data = build(rows)
+    assert data.train.report.duplicates == [2, 5, 6]
+    assert data.train.report.used == 6
+    assert "3 used though the same text as an earlier row (row 2, row 5, row 6): deduplicate=True" in repr(
+        data.train.report
+    )
+    assert "deduplicate=True leaves them out" in repr(data)
+    once = build(rows, deduplicate=True)
+    assert once.train.report.refused == {"the same text as an earlier row": [2, 5, 6], "missing": [3]}
+    assert spelled(once.train) == [b"a good text", b"another", b"a good text "]
+    assert "deduplicate" not in repr(once.train.report)
+
+
+def test_duplicates_are_no_faults():
+    rows = ["a good text"] * 300 + ["another"]
+    data = build(rows, deduplicate=True, max_refused=0.1)
+    assert data.train.report.used == 2
+    with pytest.raises(ValueError, match=r"share of at most 0.1 of the rows of texts refused, got 37 of the 337 read"):
+        build(rows[:300] + [None] * 60, deduplicate=True, max_refused=0.1)

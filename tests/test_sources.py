@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kd_kit import build_data, offline, sources
+from kd_kit import build_data, offline, sources, text_files
 from kd_kit.sources import find_sources
 
 PAIR = {"teacher": offline.TEACHER, "student": offline.STUDENT}
@@ -72,11 +72,11 @@ def test_a_connection_that_breaks_while_rows_are_read_is_a_text_that_cannot_be_h
     import datasets
 
     class Rows:
-        def take(self, count):
+        def __iter__(self):
             yield {"text": "one"}
             raise ConnectionError("peer closed")
 
-    monkeypatch.setattr(sources, "_ask_hub", lambda *_: None)
+    monkeypatch.setattr(text_files, "ask_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
     with pytest.raises(ValueError, match=r"text: expected 20,000 rows of 'me/text', got 1 and then ConnectionError"):
         find_sources(**PAIR, text="me/text")
@@ -107,7 +107,7 @@ def test_the_embedded_pair_stands_in_only_when_asked_for_and_says_so(inputs):
 
 
 def test_a_name_that_can_be_no_hub_name_asks_no_hub(inputs, monkeypatch):
-    monkeypatch.setattr(sources, "_ask_hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(sources, "ask_hub", lambda *_: pytest.fail("asked the hub"))
     for name in ("/nowhere/model", "./model", "a/b/c", "two words"):
         with pytest.raises(ValueError, match="which is not here"):
             find_sources(teacher=name, student=offline.STUDENT, text="embedded")
@@ -120,7 +120,7 @@ def test_a_folder_without_a_model_is_refused(inputs, tmp_path):
 
 def test_a_name_of_the_hub_is_asked_for_and_kept(inputs, monkeypatch):
     asked = []
-    monkeypatch.setattr(sources, "_ask_hub", lambda name, kind, file: asked.append((name, kind, file)))
+    monkeypatch.setattr(sources, "ask_hub", lambda name, kind, file: asked.append((name, kind, file)))
     found = find_sources(teacher="me/teacher", student="me/student", text="embedded")
     assert (found.teacher, found.student) == ("me/teacher", "me/student")
     assert asked == [("me/teacher", "model", "config.json"), ("me/student", "model", "config.json")]

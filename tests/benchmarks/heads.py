@@ -12,10 +12,12 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,7 @@ INSTALL = "python -m pip install -e '.[bench]'"
 class Scene:
     """Hidden states of both models about one batch, and every way from there to the gradients."""
 
-    def __init__(self, tokens: int, device: str, *, only: str | None = None):
+    def __init__(self, tokens: int, device: str, *, only: str | None = None, stored: Path | None = None):
         window = min(tokens, WINDOW)
         data = made_data(window, windows=max(1, tokens // window))
         host = full_batch(data, max(1, tokens // window))
@@ -48,7 +50,7 @@ class Scene:
         places = [(x.shape[0], x.shape[1]) for x in (host.student_ids, host.teacher_ids)]
         self.student = Read(*places[0], STUDENT_WIDTH, STUDENT_HEAD, seed=0, device=device)
         self.teacher = Read(*places[1], TEACHER_WIDTH, TEACHER_HEAD, seed=1, device=device).requires_grad_(False)
-        self.stored = None
+        self.stored = None if stored is None else torch.load(stored, weights_only=False)
         makers = {
             OURS: self._ours,
             SHARED: lambda: self._ours(teacher_rows="shared"),
@@ -182,11 +184,14 @@ def clock_of(device: str) -> Callable[[], float]:
     return time.process_time if device == "cpu" else time.perf_counter
 
 
-def peak(name: str, tokens: int, device: str) -> dict:
-    """Bytes that one way adds at its peak, its gradients among them, and its seconds; in a process of its own."""
-    scene = Scene(tokens, device, only=name)
-    if name == CACHED:
-        scene.ways[CACHED]()  # the signal of the live teacher is not part of it
+def peak(name: str, tokens: int, device: str, stored: Path | None) -> dict:
+    """Bytes that one way adds at its peak, its gradients among them, and its seconds; in a process of its own.
+
+    Args:
+        stored: a file with the teacher's signal, for the way from a cache: memory that making it here had freed would
+            be used again, and would not be counted.
+    """
+    scene = Scene(tokens, device, only=name, stored=stored)
     took = []
 
     def work() -> None:
@@ -202,7 +207,12 @@ def measure(tokens: int, given) -> tuple[list[dict], list[Target]]:
     """Rows and targets for one number of tokens."""
     scene = Scene(tokens, given.device)
     shared = ("--tokens", str(tokens), "--device", given.device)
-    peaks = {name: alone(__file__, "--peak", name, *shared) for name in scene.ways}
+    with tempfile.TemporaryDirectory() as folder:
+        stored = Path(folder) / "signal.pt"
+        scene.ways[CACHED]()
+        torch.save(scene.stored, stored)
+        extra = {CACHED: ("--stored", str(stored))}
+        peaks = {name: alone(__file__, "--peak", name, *shared, *extra.get(name, ())) for name in scene.ways}
     few = [name for name in scene.ways if peaks[name]["seconds"] > given.slow]
     work = {name: scene.run(name) for name in scene.ways if name not in few}
     times = alternate(work, rounds=given.rounds, clock=clock_of(given.device))
@@ -240,11 +250,12 @@ def main() -> None:
     parser.add_argument("--slow", type=float, default=10.0, help="seconds from which a way is run once only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--stored", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.device == "cpu":
         torch.set_num_threads(1)
     if given.peak:
-        print(json.dumps(peak(given.peak, given.tokens[0], given.device)))
+        print(json.dumps(peak(given.peak, given.tokens[0], given.device, given.stored)))
         return
     rows, targets = [], []
     for tokens in given.tokens:

@@ -79,16 +79,6 @@ def documents() -> list[str]:
     return pieces
 
 
-def without_the_middle(model):
-    """The first ten and the last ten of SmolLM2's thirty layers, which lose less than every third one left out."""
-    layers = list(model.model.layers)
-    model.model.layers = torch.nn.ModuleList([*layers[:10], *layers[-10:]])
-    for at, layer in enumerate(model.model.layers):
-        layer.self_attn.layer_idx = at
-    model.config.num_hidden_layers = len(model.model.layers)
-    return model
-
-
 def as_qwen3(llama):
     """The same function as a Qwen3, whose norms of queries and keys a Llama does not have.
 
@@ -312,7 +302,7 @@ def test_mission_a(smollm2, tmp_path, capsys):
     """A mixture made of SmolLM2 into a student of twenty layers with Qwen3's whole vocabulary."""
     pair = kd.build_tokenizers(teacher=tokenizer("smollm2"), student=tokenizer("qwen3"))
     teacher = kd.upcycle(kd.build_teacher(smollm2, device="cpu"), experts=4, top_k=2, noise=0.02)
-    student = without_the_middle(kd.build_student(smollm2, tokenizer=pair.student))
+    student = kd.build_student(smollm2, layers=20, tokenizer=pair.student)
     try:
         run(Mission("a", pair, teacher, student, all_terms, 5e-4, verified=teacher), tmp_path, capsys)
     finally:

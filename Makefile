@@ -7,14 +7,19 @@ READY := $(VENV)/.ready
 KAGGLE_PYTHON ?= $(PYTHON)
 KAGGLE_VENV ?= .venv-kaggle
 KAGGLE_READY := $(KAGGLE_VENV)/.ready
+# which of tests/compat, and pins on top: make compat COMPAT="newest --pin torch==2.13.0"
+COMPAT ?=
 
-.PHONY: demo test torture real-test browser-test kaggle-test kaggle-push kaggle-names lint bench seeds clean
+.PHONY: demo test compat torture real-test browser-test kaggle-test kaggle-push kaggle-names lint bench seeds clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+compat: $(READY)  ## all tests with other versions of the libraries, some 20 minutes each; the table in build/compat.md
+	$(BIN)/python tests/compat/run.py $(COMPAT)
 
 torture: $(READY)  ## 200 kills, NaNs, lack of memory, clocks, bad rows: some ten minutes; the table in build/torture.txt
 	mkdir -p build
@@ -69,4 +74,4 @@ $(KAGGLE_READY): tests/kaggle_session/requirements.txt
 	touch $(KAGGLE_READY)
 
 clean:
-	rm -rf $(VENV) $(KAGGLE_VENV) build dist kd_kit.egg-info
+	rm -rf $(VENV) $(KAGGLE_VENV) .venv-compat build dist kd_kit.egg-info

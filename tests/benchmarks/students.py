@@ -82,7 +82,6 @@ def embedded(windows: int) -> list[dict]:
 def real(windows: int) -> list[dict]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "real"))
     from assets import smollm2_model, tokenizer
-    from upcycled import upcycled
 
     whole, data = smollm2_model().eval(), text(tokenizer("smollm2"), 256)
     students = {
@@ -91,12 +90,7 @@ def real(windows: int) -> list[dict]:
         for keep in ("ends", "spaced")
     }
     rows = table("SmolLM2-135M", whole, data, windows, students)
-    mixture = upcycled(whole)
-    with torch.no_grad():
-        for name, parameter in mixture.named_parameters():
-            if ".experts." in name:
-                generator = torch.Generator().manual_seed(len(name))
-                parameter.add_(0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    mixture = kd.upcycle(whole, experts=4, top_k=2, noise=0.05)
     students = {
         "dense, averaged, no fit": lambda: averaged_without_fit(mixture, data.train),
         "dense, averaged": lambda: dense_from_experts(mixture, data.train, experts="averaged"),

@@ -9,8 +9,10 @@ KAGGLE_VENV ?= .venv-kaggle
 KAGGLE_READY := $(KAGGLE_VENV)/.ready
 # which of tests/compat, and pins on top: make compat COMPAT="newest --pin torch==2.13.0"
 COMPAT ?=
+# what of the quality bench: make quality QUALITY="--only 'embedded/KD*'"
+QUALITY ?=
 
-.PHONY: demo test compat torture real-test browser-test kaggle-test kaggle-push kaggle-names lint bench seeds clean
+.PHONY: demo test compat torture real-test browser-test kaggle-test kaggle-push kaggle-names lint bench quality seeds clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
@@ -50,6 +52,11 @@ run_benchmarks = set -e; for name in $(1); do OMP_NUM_THREADS=1 $(BIN)/python te
 bench: $(READY)  ## times and memory beside what they are compared with, under 15 minutes; tables in tests/benchmarks/README.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
 	($(call run_benchmarks,$(BY_PROCESSOR_TIME))) & other=$$!; ($(call run_benchmarks,$(BY_CLOCK))) && wait $$other
+	$(BIN)/python tests/benchmarks/report.py
+
+quality: $(READY)  ## which terms, methods and schedules help, under 90 minutes, goes on where it was stopped; tables as above
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/quality.py $(QUALITY)
 	$(BIN)/python tests/benchmarks/report.py
 
 seeds: $(READY)  ## the figures in the README: distilled against LM-only, three paired seeds

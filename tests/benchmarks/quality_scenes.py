@@ -97,7 +97,7 @@ SCENES = {
         Scene("embedded", "embedded", 60, 240, 8, arms.EMBEDDED, 28.0),
         Scene("embedded, little text", "embedded", 9, 240, 8, arms.FEW, 28.0),
         Scene("SmolLM2, little text", "SmolLM2", 5, 240, 4, arms.REAL, 18.0),
-        Scene("SmolLM2", "SmolLM2", 30, 240, 4, arms.REAL_ONCE, 18.0),
+        Scene("SmolLM2", "SmolLM2", 34, 240, 4, arms.REAL_ONCE, 18.0),
     )
 }
 

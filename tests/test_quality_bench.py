@@ -32,7 +32,7 @@ SIZE = [100, 200, 50, 400, 120]
 
 def test_the_difference_is_that_of_all_bytes_together_with_the_seeds_averaged():
     ours = [[60, 130, 30, 260, 70], [62, 128, 32, 262, 72]]
-    theirs = [[70, 140, 35, 280, 80]]
+    theirs = [[70, 140, 35, 280, 80], [71, 139, 35, 280, 80]]
     found = paired_difference(ours, theirs, SIZE)
     assert found.mean == pytest.approx((61 + 129 + 31 + 261 + 71 - 605) / math.log(2) / sum(SIZE))
     assert found.mean == pytest.approx(bits_per_byte(ours, SIZE) - bits_per_byte(theirs, SIZE))
@@ -61,6 +61,13 @@ def test_the_interval_is_paired_and_covers_as_often_as_it_says():
     assert widest < 0.05  # unpaired it would be about 0.35
 
 
+def test_a_gain_that_another_seed_turns_around_is_not_sure():
+    even = np.array(SIZE) * 0.7
+    seeds = [even - 9, even - 8, even + 2]
+    assert paired_difference(seeds, [even] * 3, SIZE).verdict == NOTHING
+    assert paired_difference([even - 9, even - 8, even - 2], [even] * 3, SIZE).verdict == HELPS
+
+
 def test_the_verdict_is_what_the_interval_says():
     even = np.array(SIZE) * 0.7
     assert paired_difference([even - 1], [even], SIZE).verdict == HELPS
@@ -69,7 +76,12 @@ def test_the_verdict_is_what_the_interval_says():
 
 
 @pytest.mark.parametrize(
-    ("ours", "size", "what"), [([[1.0]], SIZE, "same documents"), ([[1.0] * 5], [1, 1, 0, 1, 1], "bytes")]
+    ("ours", "size", "what"),
+    [
+        ([[1.0]], SIZE, "same seeds and documents"),
+        ([[1.0] * 5] * 2, SIZE, "same seeds"),
+        ([[1.0] * 5], [1, 1, 0, 1, 1], "bytes"),
+    ],
 )
 def test_other_documents_and_empty_ones_are_refused(ours, size, what):
     with pytest.raises(ValueError, match=what):

@@ -4,9 +4,9 @@
 
 Held-out bits per byte in four scenes (see quality_scenes.py), each arm (quality_arms.py) at its own best learning rate
 and, where the arms differ in how the teacher's predictions arrive, KD weight; three seeds; paired bootstrap over
-documents. Every finished run is a line in results/quality/runs.jsonl, and is not made again: stop it at any time and
-call it again. SmolLM2-135M comes from a package that is fetched once (tests/real/assets.py); GOLD needs TRL, without
-which it is left out.
+documents and seeds. Every finished run is a line in results/quality/runs.jsonl, and is not made again: stop it at any
+time and call it again. SmolLM2-135M comes from a package that is fetched once (tests/real/assets.py); GOLD needs TRL,
+without which it is left out.
 
 FLOPs: 6 N per token and step for the student (2 forward, 4 backward) and 2 N_active per token of a window, once, for
 the teacher, whose word is kept in a cache. N counts weights of matrices, heads included, embeddings not; of a

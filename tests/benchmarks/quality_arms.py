@@ -114,8 +114,8 @@ _seven = Arm(SEVEN, kd_and(*(INSIDE[name] for name in INSIDE if name != "router"
 _gold = Arm(GOLD, None, base=LM, start=KD, ladders=("rate", "variant"), weight=6.0)
 
 
-def _method(name: str, **settings) -> Arm:
-    return Arm(f"KD: {name}", kd_and(**settings), ladders=BOTH)
+def _method(name: str, ladders: tuple[str, ...] = BOTH, **settings) -> Arm:
+    return Arm(f"KD: {name}", kd_and(**settings), ladders=ladders)
 
 
 EMBEDDED = [
@@ -126,8 +126,8 @@ EMBEDDED = [
     _method("strict", method="strict"),
     _method("uld", method="uld"),
     _method("projector", method="projector"),
-    _method("bridge, aligned positions only", inside=False),
-    _method("bridge, sampled", sampled=True),
+    _method("bridge, aligned positions only", ("rate",), inside=False),
+    _method("bridge, sampled", ("rate",), sampled=True),
     Arm("KD: span likelihoods alone", spans_alone, ladders=BOTH),
     *(Arm(f"+ {name}", kd_and(term), weight=1.5) for name, term in INSIDE.items()),
     Arm("+ attention", kd_and(kd.attention_term), live=True, weight=2.2),

@@ -74,7 +74,7 @@ def rows_of(scene: Scene, arms: Sequence[Arm], done: Mapping) -> list[dict]:
                 "minus that, 95%": "" if other is None else str(other),
                 "verdict": "" if other is None else other.verdict,
                 "rate": f"{setting.rate:.2g}",
-                "KD weight": f"{setting.kd_weight:g}" if "kd_weight" in arm.ladders or arm.start == KD else "",
+                "KD weight": f"{setting.kd_weight:g}" if arm.taught else "",
                 "epochs": f"{results[0]['epochs']:.1f}",
                 "tokens": results[0]["tokens"],
                 "FLOPs, x": f"{results[0]['flops'] / alone[0]['flops']:.2f}",
@@ -121,8 +121,9 @@ def notes(scene: Scene, arms: Sequence[Arm], done: Mapping, seeds: Sequence[int]
     size = done[LM][1][0]["bytes"]
     said = [
         f"{scene.steps} steps of {scene.batch_size} windows of up to 128 tokens, {scene.epochs:.1f} times over the "
-        f"text; {len(seeds)} seeds; {sum(size):,} held-out bytes of {len(size)} documents, over which the intervals "
-        "are drawn. Rate and KD weight are each arm's own best on other held-out text. Negative is better."
+        f"text; {len(seeds)} seeds; {sum(size):,} held-out bytes of {len(size)} documents. Intervals: paired "
+        "bootstrap over documents and seeds. Rate and KD weight are each arm's own best on other held-out text. "
+        "Negative is better."
     ]
     by_verdict: dict[str, list[str]] = {}
     for row in rows_of(scene, arms, done):

@@ -94,10 +94,10 @@ class Scene:
 SCENES = {
     scene.name: scene
     for scene in (
-        Scene("embedded", "embedded", 60, 240, 8, arms.EMBEDDED, 28.0),
-        Scene("embedded, little text", "embedded", 9, 240, 8, arms.FEW, 28.0),
-        Scene("SmolLM2, little text", "SmolLM2", 5, 240, 4, arms.REAL, 18.0),
-        Scene("SmolLM2", "SmolLM2", 34, 240, 4, arms.REAL_ONCE, 18.0),
+        Scene("embedded", "embedded", 50, 200, 8, arms.EMBEDDED, 23.0),
+        Scene("embedded, little text", "embedded", 8, 200, 8, arms.FEW, 23.0),
+        Scene("SmolLM2, little text", "SmolLM2", 5, 200, 4, arms.REAL, 15.0),
+        Scene("SmolLM2", "SmolLM2", 29, 200, 4, arms.REAL_ONCE, 15.0),
     )
 }
 

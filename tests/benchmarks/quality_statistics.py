@@ -1,4 +1,4 @@
-"""Paired bootstrap over documents: how much better one way of training is than another, and how sure that is."""
+"""Paired bootstrap over documents and seeds: how much better one way of training is than another, and how sure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bits_per_byte(nats: Sequence[Sequence[float]], size: Sequence[int]) -> float
     Args:
         nats: for each seed, each document's negative log-likelihood. size: each document's bytes.
     """
-    return float(_mean(nats).sum() / np.asarray(size, dtype=float).sum() / math.log(2))
+    return float(np.asarray(nats, dtype=float).mean(0).sum() / np.asarray(size).sum() / math.log(2))
 
 
 def paired_difference(
@@ -52,35 +52,32 @@ def paired_difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Difference:
-    """Bits per byte of ``ours`` minus ``theirs``, with an interval from drawing documents with replacement.
+    """Bits per byte of ``ours`` minus ``theirs``, with an interval from drawing documents and seeds with replacement.
 
-    A document's nats are the mean of the seeds; both sides are drawn together, so that what makes a document hard for
-    both cancels. The interval is about other documents. It does not know what other seeds would give: see their spread.
+    Both sides are drawn together, document by document and seed by seed, so that what is hard for both cancels: one
+    seed gives both the same start and the same order of the text. Documents alone would give an interval that says
+    nothing about another start, and calls a difference sure that the next seed turns around.
 
     Args:
         ours, theirs: for each seed, each document's negative log-likelihood in nats. size: each document's bytes.
 
     Raises:
-        ValueError: sides of different documents, or a document without bytes.
+        ValueError: sides of different documents or seeds, or a document without bytes.
 
-    Source: Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation", section 4; percentile
-        interval: Efron and Tibshirani 1993, chapter 13
+    Source: Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation", section 4; two crossed
+        factors: Owen 2007, "The pigeonhole bootstrap"; percentile interval: Efron and Tibshirani 1993, chapter 13
     """
-    one, other, size = _mean(ours), _mean(theirs), np.asarray(size, dtype=float)
-    if not one.shape == other.shape == size.shape or not len(size):
+    one, other, size = (np.asarray(x, dtype=float) for x in (ours, theirs, size))
+    if one.ndim != 2 or one.shape != other.shape or not one.size or one.shape[1:] != size.shape:
         raise ValueError(
-            f"paired_difference: expected the same documents on both sides, got {one.shape}, {other.shape} and "
-            f"{size.shape} sizes"
+            "paired_difference: expected the same seeds and documents on both sides, got (seeds, documents) "
+            f"{one.shape} and {other.shape}, and {size.shape} sizes"
         )
     if not (size > 0).all():
         raise ValueError("paired_difference: expected documents with bytes, got an empty one; leave it out")
     gap = (one - other) / math.log(2)
-    drawn = np.random.default_rng(seed).integers(len(size), size=(draws, len(size)))
-    low, high = np.percentile(gap[drawn].sum(1) / size[drawn].sum(1), [2.5, 97.5])
-    return Difference(float(gap.sum() / size.sum()), float(low), float(high))
-
-
-def _mean(nats: Sequence[Sequence[float]]) -> np.ndarray:
-    if not len(nats):
-        raise ValueError("paired_difference: expected at least one seed, got none")
-    return np.asarray(nats, dtype=float).mean(0)
+    random = np.random.default_rng(seed)
+    seeds, documents = (random.multinomial(n, [1 / n] * n, size=draws) for n in gap.shape)  # how often each is drawn
+    drawn = np.einsum("ns,sd,nd->n", seeds, gap, documents) / len(gap) / (documents @ size)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Difference(float(gap.sum() / len(gap) / size.sum()), float(low), float(high))

@@ -172,6 +172,24 @@ def test_a_run_is_made_by_one_process_at_a_time(tmp_path):
         assert again
 
 
+def test_a_run_that_fails_holds_no_other_up_and_is_told_at_the_end(tmp_path, monkeypatch, capsys):
+    def make(bench, run):
+        if run.arm == "bad":
+            raise ValueError("no such thing")
+        return record(run, tuning_bits_per_byte=bowl(run.setting))
+
+    monkeypatch.setattr(quality_runs, "make", make)
+    arms = [Arm("bad", None, base=None, start=None), Arm("good", None, base=None, start=None)]
+    scene = replace(quality_scenes.SCENES["embedded"], name="s", arms=arms)
+    bench = quality_runs.Bench({"s": scene}, tmp_path / "runs.jsonl", tmp_path)
+    with pytest.raises(RuntimeError, match=r"1 runs failed.*s/bad/seed 0"):
+        quality_runs.work(bench)
+    assert "no such thing" in capsys.readouterr().err
+    assert {run_of(result).arm for result in bench.found()} == {"good"}
+    assert bench.to_do() == [Run("s", "bad", 0, Setting())]
+    quality_runs.work(bench, lambda name: "good" in name)  # nothing is left of these
+
+
 def test_all_arms_have_names_of_their_own_and_are_compared_with_arms_of_their_scene():
     for scene in quality_scenes.SCENES.values():
         names = [arm.name for arm in scene.arms]

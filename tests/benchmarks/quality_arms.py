@@ -14,7 +14,7 @@ import quality_earlier
 import kd_kit as kd
 
 LM, LM_FLOPS, KD, GOLD = "LM only", "LM only, equal FLOPs", "KD: bridge", "TRL GOLD"
-EIGHT, NINE, SEVEN = "all but attention", "all", "all that a dense teacher has, but attention"
+EIGHT, NINE, SEVEN = "all but attention", "all", "all but attention and router"
 
 LADDERS: dict[str, tuple] = {
     "rate": tuple(3e-3 * 2.0**n for n in range(-4, 3)),

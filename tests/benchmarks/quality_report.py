@@ -11,13 +11,17 @@ from quality_arms import GOLD, KD, LM, LM_FLOPS, Arm
 from quality_plan import finished, run_of
 from quality_runs import Bench
 from quality_scenes import Scene
-from quality_statistics import HELPS, HURTS, Difference, bits_per_byte, paired_difference
+from quality_statistics import HELPS, HURTS, NOTHING, Difference, bits_per_byte, paired_difference
 
 DEFAULT = KD
 """The arm that kd_kit's default is judged by: the text and the KD term over the bridge."""
 
 LEAST = 0.08
 """Bits per byte that the default is to win over the LM alone at equal tokens."""
+
+
+EXPERTS = ("+ router", "+ feature with 4 experts", "+ more_experts=4")
+"""Arms about what a mixture of experts knows beside its predictions."""
 
 
 def write(bench: Bench) -> dict[str, list[dict]]:
@@ -125,17 +129,16 @@ def notes(scene: Scene, arms: Sequence[Arm], done: Mapping, seeds: Sequence[int]
         "bootstrap over documents and seeds. Rate and KD weight are each arm's own best on other held-out text. "
         "Negative is better."
     ]
-    by_verdict: dict[str, list[str]] = {}
-    for row in rows_of(scene, arms, done):
-        if row["verdict"]:
-            by_verdict.setdefault(row["verdict"], []).append(row["arm"])
-    words = {HELPS: "helps", HURTS: "hurts"}
-    said += [
-        f"{words.get(verdict, verdict)[0].upper()}{words.get(verdict, verdict)[1:]}: {', '.join(names)}."
-        for verdict, names in sorted(by_verdict.items())
-    ]
+    rows = [row for row in rows_of(scene, arms, done) if row["verdict"]]
+    for verdict in (HELPS, NOTHING, HURTS):
+        if names := [f"{row['arm']} (over {row['compared with']})" for row in rows if row["verdict"] == verdict]:
+            said.append(f"{verdict[0].upper()}{verdict[1:]}: {'; '.join(names)}.")
+    if experts := [
+        f"{row['arm']}: {row['minus that, 95%']}, {row['verdict']}" for row in rows if row["arm"] in EXPERTS
+    ]:
+        said.append(f"What the teacher's experts know: {'; '.join(experts)}.")
     if missing := [arm.name for arm in arms if arm.name not in done]:
-        said.append(f"Not run yet: {', '.join(missing)}.")
+        said.append(f"Not run yet: {'; '.join(missing)}.")
     if any(arm.name == GOLD for arm in scene.arms):
         if quality_gold.available():
             said.append(

@@ -15,6 +15,7 @@ import json
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,18 +94,29 @@ def _ends_in_newline(file) -> bool:
 
 
 def work(bench: Bench, matches: Callable[[str], bool] = lambda name: True) -> None:
-    """Make runs until there is none left; waits where all that are left are being made by others."""
-    while to_do := [run for run in bench.to_do() if matches(run.name)]:
-        made = False
+    """Make runs until there is none left; waits where all that are left are being made by others.
+
+    Raises:
+        RuntimeError: at the end, where runs failed; the others were made.
+    """
+    failed: list[str] = []
+    while to_do := [run for run in bench.to_do() if matches(run.name) and run.name not in failed]:
+        tried = False
         for run in to_do:
             with bench.claim(run.name) as mine:
                 if not mine or run.name in {run_of(result).name for result in bench.found()}:
                     continue
-                bench.keep(make(bench, run))
-                made = True
+                tried = True
+                try:
+                    bench.keep(make(bench, run))
+                except Exception:
+                    traceback.print_exc()
+                    failed.append(run.name)
             break  # what is wanted next may depend on it
-        if not made:
+        if not tried:
             time.sleep(PAUSE)
+    if failed:
+        raise RuntimeError(f"quality: {len(failed)} runs failed, see above: {'; '.join(failed)}")
 
 
 def make(bench: Bench, run: Run) -> dict:

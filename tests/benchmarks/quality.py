@@ -16,13 +16,13 @@ mixture the experts that a token is sent to.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import fnmatch
 import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,26 +34,28 @@ import torch
 from measure import as_table
 from quality_plan import plan
 from quality_runs import BUILD, Bench, work
-from quality_scenes import SCENES, unreachable
+from quality_scenes import SCENES, Scene, unreachable
 
 SMOKE = BUILD.parent / "quality-smoke"
 
 
 def smoke() -> Bench:
-    """A few steps of a few arms, one setting each, two seeds; in a folder of its own."""
+    """A few steps of a few arms in two scenes, one setting each, two seeds; in a folder of its own."""
     names = {quality_arms.LM, quality_arms.LM_FLOPS, quality_arms.KD, quality_arms.GOLD, quality_arms.EIGHT}
     names |= {"+ attention", "+ more_experts=4", "earlier recipe", "all but attention, gradient_share"}
-    arms = [dataclasses.replace(arm, ladders=(), full=()) for arm in quality_arms.EMBEDDED if arm.name in names]
-    scene = dataclasses.replace(SCENES["embedded, little text"], name="smoke", documents=3, steps=8, arms=arms)
-    return Bench({"smoke": scene}, SMOKE / "runs.jsonl", SMOKE, seeds=(0, 1))
+    scenes = {}
+    for name, arms in (("embedded, little text", quality_arms.EMBEDDED), ("SmolLM2, little text", quality_arms.REAL)):
+        few = [replace(arm, ladders=(), full=()) for arm in arms if arm.name in names or arm.name == quality_arms.SEVEN]
+        scenes[name] = replace(SCENES[name], documents=1, steps=6, arms=few)
+    return Bench(reachable(scenes), SMOKE / "runs.jsonl", SMOKE, seeds=(0, 1))
 
 
-def whole() -> Bench:
-    """All scenes; without SmolLM2's where its package cannot be had, which is then said."""
+def reachable(scenes: dict[str, Scene]) -> dict[str, Scene]:
+    """The scenes whose models are there; without SmolLM2's where its package cannot be had, which is then said."""
     if why := unreachable():
         print(f"without the scenes of SmolLM2: {why}", flush=True)
-        return Bench({name: scene for name, scene in SCENES.items() if scene.pair == "embedded"})
-    return Bench(SCENES)
+        return {name: scene for name, scene in scenes.items() if scene.pair == "embedded"}
+    return scenes
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two minutes, to see that all of it works")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    bench = smoke() if given.smoke else whole()
+    bench = smoke() if given.smoke else Bench(reachable(SCENES))
     if given.plan:
         return say_plan(bench)
     if given.worker:

@@ -281,6 +281,17 @@ def test_flops_of_a_run_count_the_teacher_once():
     assert scene.flops(scene.more_steps, taught=False) == pytest.approx(student + teacher, rel=1 / scene.steps)
 
 
+def test_windows_of_little_text_are_the_first_of_the_text_that_the_cache_is_made_of():
+    scenes = quality_scenes.SCENES
+    little, bench = scenes["embedded, little text"], quality_runs.Bench(scenes)
+    whole = quality_runs.widest(bench, little)
+    assert whole is scenes["embedded"]
+    ours, theirs = little.data().train, whole.data().train
+    assert len(ours) < len(theirs)
+    for window in range(len(ours)):
+        assert all(np.array_equal(a, b) for a, b in zip(ours.ids(window), theirs.ids(window), strict=True))
+
+
 # --- an earlier recipe
 
 

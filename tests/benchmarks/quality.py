@@ -1,6 +1,6 @@
 """How good a student becomes: every kind of knowledge, method and schedule against the language model alone.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/quality.py [--processes 2] [--only PATTERN] [--plan] [--smoke]
+    OMP_NUM_THREADS=1 python tests/benchmarks/quality.py [--processes 2] [--only PATTERN] [--plan] [--report] [--smoke]
 
 Held-out bits per byte in four scenes (see quality_scenes.py), each arm (quality_arms.py) at its own best learning rate
 and, where the arms differ in how the teacher's predictions arrive, KD weight; three seeds; paired bootstrap over
@@ -63,12 +63,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help='of runs, as "embedded/KD*"')
     parser.add_argument("--plan", action="store_true", help="say what would be run, and end")
+    parser.add_argument("--report", action="store_true", help="make tables and figure of what is there, and end")
     parser.add_argument("--smoke", action="store_true", help="two minutes, to see that all of it works")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     bench = smoke() if given.smoke else Bench(reachable(SCENES))
     if given.plan:
         return say_plan(bench)
+    if given.report:
+        return print(f"tables of {len(quality_report.write(bench))} scenes written")
     if given.worker:
         torch.set_num_threads(1)
         return work(bench, lambda name: not given.only or any(fnmatch.fnmatch(name, f"{p}*") for p in given.only))

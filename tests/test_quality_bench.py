@@ -72,6 +72,9 @@ def test_the_verdict_is_what_the_interval_says():
     even = np.array(SIZE) * 0.7
     assert paired_difference([even - 1], [even], SIZE).verdict == HELPS
     assert paired_difference([even + 1], [even], SIZE).verdict == HURTS
+    small = paired_difference([even + 0.003 * np.array(SIZE)], [even], SIZE)
+    assert small.low > 0
+    assert small.verdict == NOTHING
     assert paired_difference([even + np.array([5, -9, 3, -2, 4])], [even], SIZE).verdict == NOTHING
 
 

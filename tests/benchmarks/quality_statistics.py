@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 10_000
+SEEN = 0.005
+"""Bits per byte below which a difference, however sure, is nothing to choose by."""
 HELPS, NOTHING, HURTS = "helps", "nothing to see", "hurts"
 
 
@@ -26,7 +28,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In words, from the interval alone."""
+        """In words: sure where the interval is clear of 0, worth a word where the mean is at least ``SEEN``."""
+        if abs(self.mean) < SEEN:
+            return NOTHING
         if self.high < 0:
             return HELPS
         return HURTS if self.low > 0 else NOTHING

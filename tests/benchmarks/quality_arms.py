@@ -79,7 +79,7 @@ class Arm:
     live: bool = False
     more_experts: int | None = None
     equal: str = "tokens"
-    weight: float = 1.3
+    weight: float = 1.1
 
     @property
     def taught(self) -> bool:
@@ -109,13 +109,13 @@ BOTH = ("rate", "kd_weight")
 _lm = Arm(LM, lambda weight: [kd.lm_term(1.0)], base=None, start=None, weight=1.0)
 _flops = replace(_lm, name=LM_FLOPS, base=LM, start=LM, ladders=("rate", "spend"), equal="FLOPs", weight=1.0)
 _bridge = Arm(KD, kd_and(), base=LM, start=None, ladders=BOTH, full=("kd_weight",))
-_eight = Arm(EIGHT, kd_and(*INSIDE.values()), weight=2.0)
-_seven = Arm(SEVEN, kd_and(*(INSIDE[name] for name in INSIDE if name != "router")), weight=2.0)
+_eight = Arm(EIGHT, kd_and(*INSIDE.values()), weight=1.3)
+_seven = Arm(SEVEN, kd_and(*(INSIDE[name] for name in INSIDE if name != "router")), weight=1.3)
 _gold = Arm(GOLD, None, base=LM, start=KD, ladders=("rate", "variant"), weight=6.0)
 
 
-def _method(name: str, ladders: tuple[str, ...] = BOTH, **settings) -> Arm:
-    return Arm(f"KD: {name}", kd_and(**settings), ladders=ladders)
+def _method(name: str, ladders: tuple[str, ...] = BOTH, *, weight: float = 1.1, **settings) -> Arm:
+    return Arm(f"KD: {name}", kd_and(**settings), ladders=ladders, weight=weight)
 
 
 EMBEDDED = [
@@ -124,24 +124,29 @@ EMBEDDED = [
     _flops,
     _gold,
     _method("strict", method="strict"),
-    _method("uld", method="uld"),
-    _method("projector", method="projector"),
+    _method("uld", weight=1.6, method="uld"),
+    _method("projector", weight=1.8, method="projector"),
     _method("bridge, aligned positions only", ("rate",), inside=False),
     _method("bridge, sampled", ("rate",), sampled=True),
     Arm("KD: span likelihoods alone", spans_alone, ladders=BOTH),
-    *(Arm(f"+ {name}", kd_and(term), weight=1.5) for name, term in INSIDE.items()),
+    *(Arm(f"+ {name}", kd_and(term)) for name, term in INSIDE.items()),
     Arm("+ attention", kd_and(kd.attention_term), live=True, weight=2.2),
-    Arm("+ feature with 4 experts", kd_and(lambda: kd.feature_term(experts=4)), base="+ feature", weight=1.6),
+    Arm("+ feature with 4 experts", kd_and(lambda: kd.feature_term(experts=4)), base="+ feature"),
     Arm("+ more_experts=4", kd_and(), more_experts=4),
     _eight,
     Arm(NINE, kd_and(*INSIDE.values(), kd.attention_term), live=True, weight=2.8),
     *(
-        Arm(f"all but attention, {name}", _eight.terms, base=EIGHT, start=EIGHT, schedule=schedule, weight=2.0)
+        Arm(f"all but attention, {name}", _eight.terms, base=EIGHT, start=EIGHT, schedule=schedule, weight=1.3)
         for name, schedule in (("curriculum", kd.curriculum), ("two_stage", kd.two_stage))
     ),
-    Arm("all but attention, progressive", _eight.terms, base=EIGHT, start=EIGHT, schedule=kd.progressive, weight=2.0),
+    Arm("all but attention, progressive", _eight.terms, base=EIGHT, start=EIGHT, schedule=kd.progressive, weight=1.3),
     Arm(
-        "all but attention, gradient_share", _eight.terms, base=EIGHT, start=EIGHT, balance=kd.gradient_share, weight=2
+        "all but attention, gradient_share",
+        _eight.terms,
+        base=EIGHT,
+        start=EIGHT,
+        balance=kd.gradient_share,
+        weight=1.4,
     ),
     Arm(
         "earlier recipe",
@@ -159,10 +164,10 @@ REAL = [
     _lm,
     _bridge,
     _flops,
-    replace(_gold, ladders=("variant",), weight=26.0),  # its rate is the bridge's: a run takes seven minutes
+    replace(_gold, ladders=(), weight=26.0),  # with the bridge's rate and weight: a run takes seven minutes
     *(_method(name, method=name) for name in ("strict", "uld")),
-    Arm("+ span", kd_and(kd.span_term), weight=1.5),
-    Arm("+ feature", kd_and(kd.feature_term), weight=1.5),
+    Arm("+ span", kd_and(kd.span_term)),
+    Arm("+ feature", kd_and(kd.feature_term)),
     _seven,
 ]
 """For a real teacher with little text."""

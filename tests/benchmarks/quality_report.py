@@ -143,11 +143,14 @@ def notes(scene: Scene, arms: Sequence[Arm], done: Mapping, seeds: Sequence[int]
         said.append(f"What the teacher's experts know: {'; '.join(experts)}.")
     if missing := [arm.name for arm in arms if arm.name not in done]:
         said.append(f"Not run yet: {'; '.join(missing)}.")
-    if any(arm.name == GOLD for arm in scene.arms):
+    if gold := [arm for arm in scene.arms if arm.name == GOLD]:
+        searched = bool(gold[0].ladders)
         if quality_gold.available():
             said.append(
                 f"TRL {quality_gold.version()}, GOLD on the same windows as completions to a document start, with its "
-                "loss on the text switched on; its FLOPs leave out that it asks its teacher in every step."
+                "loss on the text switched on; its FLOPs leave out that it asks its teacher in every step. "
+                + (f"Merge and loss: {done[GOLD][0].variant}. " if GOLD in done else "")
+                + ("" if searched else f"Its rate and weight are those of {KD}: it is too slow for a search here.")
             )
         else:
             said.append(f"Without {GOLD}: TRL is not installed ({quality_gold.INSTALL}).")

@@ -94,10 +94,10 @@ class Scene:
 SCENES = {
     scene.name: scene
     for scene in (
-        Scene("embedded", "embedded", 50, 400, 4, arms.EMBEDDED, 25.0),
-        Scene("embedded, little text", "embedded", 8, 400, 4, arms.FEW, 25.0),
-        Scene("SmolLM2, little text", "SmolLM2", 5, 400, 2, arms.REAL, 16.0),
-        Scene("SmolLM2", "SmolLM2", 29, 400, 2, arms.REAL_ONCE, 16.0),
+        Scene("embedded", "embedded", 50, 400, 4, arms.EMBEDDED, 30.0),
+        Scene("embedded, little text", "embedded", 8, 400, 4, arms.FEW, 30.0),
+        Scene("SmolLM2, little text", "SmolLM2", 5, 400, 2, arms.REAL, 18.0),
+        Scene("SmolLM2", "SmolLM2", 29, 400, 2, arms.REAL_ONCE, 18.0),
     )
 }
 

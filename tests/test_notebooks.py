@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import nbformat
 import pytest
 
+import kd_kit as kd
 from kd_kit.demo import Recipe
 from kd_kit.notebook_run import run_notebook
 
@@ -102,6 +104,16 @@ def test_stored_notebooks_are_small_and_without_widget_state():
         assert path.stat().st_size < 1_000_000, path.name
         assert "widgets" not in notebook.metadata, path.name
         nbformat.validate(notebook)
+
+
+def test_the_drawing_of_how_it_works_names_every_term():
+    script = runpy.run_path(str(NOTEBOOKS / "how_it_works.py"))
+    drawn = [name for names in script["TERMS"] for name in names.split(", ")]
+    assert sorted(drawn) == sorted(name.removesuffix("_term") for name in kd.__all__ if name.endswith("_term"))
+    (ax,) = script["drawing"]().axes
+    written = {text.get_text() for text in ax.texts}
+    assert {"Teacher", "Bridge", "Student", "Terms", "Optimizer", "Cache", "Checkpoint", "␣visit", "␣vis"} <= written
+    assert (NOTEBOOKS / "how_it_works.png").stat().st_size < 300_000
 
 
 # --- 02: loss magnitudes ---------------------------------------------------------------------------------------------

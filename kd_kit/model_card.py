@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from kd_kit.evaluation import Report
+from kd_kit.report import Report
 from kd_kit.table import plain
 
 

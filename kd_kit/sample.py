@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kd_kit.evaluation import evaluating
 from kd_kit.head import alone_with
+from kd_kit.likelihood import evaluating
 from kd_kit.spelling import read_vocabulary
 
 

@@ -51,9 +51,9 @@ def report_figure(rows: Rows, reliability: Mapping[str, Sequence[Sequence[float]
         return new_panel(figure, (left / _WIDE, 52 / _TALL, width / _WIDE, (_TALL - 52 - 34) / _TALL), title)
 
     with quiet_glyphs():
-        _draw_bits(panel(112, 200, "Held-out bits per byte"), rows)
-        _draw_agreement(panel(440, 200, "Agreement with the teacher"), rows)
-        _draw_reliability(panel(712, 270, "Is it as sure as it is right?"), rows, reliability)
+        _draw_bits(panel(112, 160, "Held-out bits per byte"), rows)
+        _draw_agreement(panel(400, 160, "Agreement with the teacher"), rows)
+        _draw_reliability(panel(640, 200, "Is it as sure as it is right?"), rows, reliability)
     return figure
 
 
@@ -83,7 +83,7 @@ def _draw_agreement(ax: Axes, rows: Rows) -> None:
     names = [name for name, row in rows.items() if row.get("top1") is not None]
     if not names:
         return say(ax, "not measured")
-    ax.set_xlabel("dark: same first choice, pale: top-5 overlap")
+    ax.set_xlabel("dark: first choice, pale: top 5")
     for place, name in zip(_bars(ax, names), names, strict=True):
         colour = _LOOKS.get(name, (INK, "-"))[0]
         for shift, key, alpha in ((0.18, "top1", 1.0), (-0.18, "top5", 0.45)):
@@ -112,5 +112,14 @@ def _draw_reliability(ax: Axes, rows: Rows, reliability: Mapping[str, Sequence[S
         )
     handles, names = ax.get_legend_handles_labels()
     ax.legend(
-        handles[1:], names[1:], title="ECE", fontsize=SMALL, title_fontsize=SMALL, frameon=False, loc="upper left"
+        handles[1:],
+        names[1:],
+        title="ECE",
+        fontsize=SMALL,
+        title_fontsize=SMALL,
+        frameon=False,
+        handlelength=1.6,
+        borderaxespad=0,
+        loc="upper left",
+        bbox_to_anchor=(1.03, 1),
     )

@@ -122,6 +122,7 @@ LEVELS = {
         "report_plot",
         "report",
         "evaluation",
+        "lm_eval_tasks",
         "model_card",
         "summary",
         "sample",

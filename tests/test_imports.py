@@ -124,6 +124,7 @@ LEVELS = {
         "evaluation",
         "lm_eval_tasks",
         "model_card",
+        "exporting",
         "summary",
         "sample",
         "vocabulary_audit",

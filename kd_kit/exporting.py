@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kd_kit.model_card import model_card
 from kd_kit.models import write_student
-from kd_kit.offline import TEACHER, asset_folder
+from kd_kit.offline import STUDENT, TEACHER, asset_folder
 from kd_kit.pair import TokenizerPair
 from kd_kit.processes import is_first
 from kd_kit.report import Report
@@ -86,8 +86,8 @@ def _loaded_names(trainer) -> dict[str, str]:
     def name(model, otherwise: str) -> str:
         found = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         path = Path(found)
-        if found == str(asset_folder(TEACHER)):
-            return "the embedded teacher of kd_kit"
+        if found in (str(asset_folder(TEACHER)), str(asset_folder(STUDENT))):
+            return f"the embedded {path.name} of kd_kit"
         return (path.name if path.is_absolute() or path.exists() else found) or otherwise
 
     teacher = None if trainer.teacher is None else trainer.teacher.model

@@ -86,7 +86,7 @@ def evaluate_tasks(
 
     Example:
         >>> from kd_kit.lm_eval_tasks import evaluate_tasks
-        >>> evaluate_tasks(trainer.student, tokenizers.student, ["hellaswag", "my_tasks/words.yaml"])
+        >>> evaluate_tasks(trainer.student, tokenizers.student, "my_tasks/words.yaml")
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(

@@ -30,7 +30,7 @@ def model_card(
     if named:
         header += [f"base_model: {student}"]
     what = (
-        f"A causal language model that learnt from {text} and from what `{teacher}` says about it, made with kd_kit. "
+        f"A causal language model that learnt from {text} and from what {teacher} says about it, made with kd_kit. "
         "The two models were compared where their tokens stand at the same byte of the text, or where the teacher's "
         "token can be read from its first bytes on."
         if taught
@@ -79,7 +79,8 @@ def _amount(windows: WindowSet) -> str:
     documents = windows.documents
     size = sum(int(document.student_ends[-1]) for document in documents)
     tokens = sum(len(document.student_ids) for document in documents)
-    return f"{len(documents):,} documents, {size / 1e6:,.2f} MB, {tokens:,} tokens of the student"
+    some = "1 document" if len(documents) == 1 else f"{len(documents):,} documents"
+    return f"{some}, {size / 1e6:,.2f} MB, {tokens:,} tokens of the student"
 
 
 def _refused(windows: WindowSet) -> str:
@@ -99,8 +100,8 @@ def _recipe(trainer) -> list[str]:
     if trainer._holds_best:
         lines.append(f"- These are the weights of step {trainer.best_step:,}, the best evaluation.")
     lines += [
-        f"- Learning rate: {plain(settings['learning_rate'])} at its highest, warm-up over "
-        f"{rates.warmup_steps(total):,} steps, decay over the last {rates.decay_steps(total):,}; AdamW, weight decay "
+        f"- Learning rate: {plain(settings['learning_rate'])} at its highest, steps of "
+        f"warm-up {rates.warmup_steps(total):,}, of decay at the end {rates.decay_steps(total):,}; AdamW, weight decay "
         f"{plain(settings['weight_decay'])}, gradients clipped at {plain(settings['max_grad_norm'])}; precision "
         f"{trainer.session.precision!r}; seed {settings['seed']}.",
         "- Loss terms and their shares of the total at the end: "

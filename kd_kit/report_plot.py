@@ -51,9 +51,9 @@ def report_figure(rows: Rows, reliability: Mapping[str, Sequence[Sequence[float]
         return new_panel(figure, (left / _WIDE, 52 / _TALL, width / _WIDE, (_TALL - 52 - 34) / _TALL), title)
 
     with quiet_glyphs():
-        _draw_bits(panel(112, 160, "Held-out bits per byte"), rows)
-        _draw_agreement(panel(400, 160, "Agreement with the teacher"), rows)
-        _draw_reliability(panel(640, 200, "Is it as sure as it is right?"), rows, reliability)
+        _draw_bits(panel(112, 150, "Held-out bits per byte"), rows)
+        _draw_agreement(panel(384, 150, "Agreement with teacher"), rows)
+        _draw_reliability(panel(610, 190, "Is it as sure as it is right?"), rows, reliability)
     return figure
 
 

@@ -33,7 +33,7 @@ class Continuations:
     def _columns(self, names: list[str]) -> str:
         """These models beside each other, as text."""
         width = (_WIDTH + 3) // len(names) - 3
-        columns = [[*textwrap.wrap(name, width), "-" * width, *_lines(self.texts[name], width)] for name in names]
+        columns = [[*textwrap.wrap(name, width), "-" * width, *_lines(f"…{self.texts[name]}", width)] for name in names]
         return "\n".join(
             " | ".join(cell.ljust(width) for cell in row).rstrip() for row in zip_longest(*columns, fillvalue="")
         )
@@ -41,9 +41,9 @@ class Continuations:
     def _repr_html_(self) -> str:
         cell = f"text-align:left;vertical-align:top;white-space:pre-wrap;width:{100 / max(1, len(self.texts)):.0f}%"
         names = "".join(f'<th style="{cell}">{html.escape(name)}</th>' for name in self.texts)
-        texts = "".join(f'<td style="{cell}">{html.escape(text)}</td>' for text in self.texts.values())
+        texts = "".join(f'<td style="{cell}">…{html.escape(text)}</td>' for text in self.texts.values())
         return (
-            f'<div><div style="white-space:pre-wrap"><b>{html.escape(self.prompt)}</b> …</div>'
+            f'<div><div style="white-space:pre-wrap"><b>{html.escape(self.prompt)}</b></div>'
             f'<table style="width:100%;table-layout:fixed"><thead><tr>{names}</tr></thead>'
             f"<tbody><tr>{texts}</tr></tbody></table></div>"
         )

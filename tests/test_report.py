@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -60,6 +61,21 @@ def test_the_figure_draws_what_the_table_says():
     drawn = lines_of(reliability)
     assert drawn["distilled  0.125"] == [[0.1, 0.2], [0.5, 0.4]], "a bin of three positions says nothing"
     assert len(drawn) == 5
+
+
+def test_no_label_leaves_the_figure_or_lies_on_another():
+    figure = whole().figure()
+    figure.canvas.draw()
+    renderer, panels = figure.canvas.get_renderer(), figure.axes
+    texts = [text for ax in panels for text in (*ax.texts, *ax.get_yticklabels(), ax.xaxis.label, ax.yaxis.label)]
+    texts += [ax.title for ax in panels] + [ax._left_title for ax in panels] + panels[2].get_legend().get_texts()
+    boxes = {t.get_text(): t.get_window_extent(renderer) for t in texts if t.get_text()}
+    for name, box in boxes.items():
+        assert box.x0 >= 0, name
+        assert box.x1 <= 1000, name
+        assert 0 <= box.y0 < box.y1 <= 300, name
+    titles = [boxes[ax.get_title(loc="left")] for ax in panels]
+    assert all(left.x1 + 8 < right.x0 for left, right in itertools.pairwise(titles))
 
 
 def test_a_figure_that_is_not_finite_is_drawn_and_comes_back_from_json():

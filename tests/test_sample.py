@@ -90,8 +90,8 @@ def test_it_is_printed_in_columns():
     lines = repr(found).splitlines()
     assert lines[0] == "prompt: A prompt"
     assert [part.strip() for part in lines[2].split("|")] == ["one", "two"]
-    assert [line.split("|")[0].strip() for line in lines[4:6]] == ["first line", "second line"]
-    assert " ".join(line.split("|")[1].strip() for line in lines[4:]).split() == ["word"] * 40
+    assert [line.split("|")[0].strip() for line in lines[4:6]] == ["…first line", "second line"]
+    assert " ".join(line.split("|")[1].strip() for line in lines[4:]).split() == ["…word", *["word"] * 39]
     assert max(map(len, lines)) <= 120
     many = repr(Continuations("A prompt", {f"model {i}": "text" for i in range(6)}))
     assert [line.count("model") for line in many.splitlines() if "model" in line] == [4, 2], "in bands"

@@ -10,13 +10,16 @@ import torch
 from helpers import make_trainer, naive_nats, pages, pair, teacher, tiny_student
 
 from kd_kit import agreement, build_data, evaluate, lm_term, score
+from kd_kit.calibration import Calibration
 from kd_kit.data import WindowSet
+from kd_kit.evaluation import _row
 from kd_kit.likelihood import Score
 from kd_kit.losses import student_cells
 from kd_kit.readings import Needs, SortedReading
 from kd_kit.report import Report
 from kd_kit.teacher import LiveTeacher
 from kd_kit.types import IGNORE
+from kd_kit.words import Words
 
 
 def naive_score(model, windows, side: str) -> tuple[float, int, int]:
@@ -253,6 +256,15 @@ def test_the_report_says_when_there_is_nothing_to_learn_or_the_control_wins():
     assert alone.gain is None
     assert math.isnan(alone.retention)
     assert repr(alone)
+
+
+def test_perplexity_per_word_is_of_the_bytes_that_were_scored():
+    """Where no document-start token is, the first token of a text is read and not scored; its words are all there."""
+    sure = Calibration((1,), (0.5,), (0.5,))
+    found = _row(Score(nats=10.0, bytes=50, tokens=5), Words(words=10, bytes=100), sure, 7.0, tiny_student(), None)
+    assert found["perplexity_per_word"] == pytest.approx(math.exp(10 / 50 * 100 / 10))
+    assert found["perplexity"] == pytest.approx(math.exp(2))
+    assert (found["ece"], found["tokens_per_second"], found["kl"]) == (0, 7.0, None)
 
 
 def test_without_a_teacher_there_is_nothing_to_compare_with(tmp_path):

@@ -52,7 +52,7 @@ def count_words_of(windows, number: int) -> int:
 
 def test_a_first_token_with_a_space_that_the_text_has_not_moves_nothing():
     toys = toy_pair()
-    windows = build_data(toy_texts(), toys, held_out=toy_texts(2, seed=5), window=24).held_out
+    windows = build_data(toy_texts(), toys, held_out=toy_texts(2, size=800, seed=5), window=24).held_out
     assert isinstance(toys, ToyPair)
     limits = range(1, len(windows) + 1)
     before = [count_words(windows, limit) for limit in limits]

@@ -10,7 +10,7 @@ KAGGLE_READY := $(KAGGLE_VENV)/.ready
 # which of tests/compat, and pins on top: make compat COMPAT="newest --pin torch==2.13.0"
 COMPAT ?=
 
-.PHONY: demo test compat torture real-test browser-test kaggle-test kaggle-push kaggle-names lint bench seeds clean
+.PHONY: demo test compat torture real-test browser-test kaggle-test kaggle-push kaggle-names lint docs bench seeds clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
@@ -41,6 +41,10 @@ kaggle-test: $(READY) $(KAGGLE_READY)  ## kernels pushed and run with Kaggle's v
 lint: $(READY)
 	$(BIN)/ruff check kd_kit tests
 	$(BIN)/ruff format --check kd_kit tests
+
+docs: $(READY)  ## the API pages from the docstrings: open build/api/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
+	$(BIN)/python tests/docs/build.py --out build/api
 
 # two at a time, one thread each: those that count processor time beside those that look at the clock
 BY_PROCESSOR_TIME := heads overhead growth

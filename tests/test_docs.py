@@ -17,7 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent / "docs"))
 from build import MODULES, build, one_a_line
 
 ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{4,5})(?![\d.]*\d)")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "tests").rglob("README.md")),
+    ]
+}
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "kd_kit").rglob("*.py"))}
 
 
@@ -36,13 +43,13 @@ def references() -> list[dict]:
 
 def test_every_paper_that_is_named_is_cited():
     cited = papers((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    for where, text in {"README.md": README, **SOURCES}.items():
+    for where, text in {**PAGES, **SOURCES}.items():
         missing = papers(text) - cited
         assert not missing, f"{where} names arXiv {sorted(missing)}, which CITATION.cff lacks"
 
 
 def test_no_paper_is_cited_that_nobody_uses():
-    used = set().union(*(set(ARXIV.findall(text)) for text in (README, *SOURCES.values())))
+    used = set().union(*(set(ARXIV.findall(text)) for text in (*PAGES.values(), *SOURCES.values())))
     cited = papers((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cited <= used, f"CITATION.cff cites {sorted(cited - used)}, which nothing here names"
 
@@ -70,13 +77,36 @@ def test_the_changelog_has_this_version():
     assert f"## {kd_kit.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+# --- links
+
+
+def anchors(text: str) -> set[str]:
+    """What the headings of a page are called in its address."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if not link.startswith("http")]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_is_to_be_found_from_the_readme():
+    assert all(f"]({page})" in PAGES["README.md"] for page in PAGES if page.startswith("docs/"))
+
+
 # --- troubleshooting
 
 
 def troubles() -> list[str]:
-    """The messages in the first column of the README's table."""
-    section = README.split("\n## Troubleshooting\n")[1].split("\n## ")[0]
-    return re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
+    """The messages in the first column of the table."""
+    return re.findall(r"^\| `([^`]+)`", PAGES["docs/troubleshooting.md"], re.MULTILINE)
 
 
 def spoken() -> str:
@@ -89,7 +119,7 @@ def test_every_quoted_message_is_one_that_the_kit_says():
     found, said = troubles(), spoken()
     assert len(found) >= 10
     for message in found:
-        assert message in said, f"README quotes {message!r}, which kd_kit does not say"
+        assert message in said, f"the table quotes {message!r}, which kd_kit does not say"
 
 
 # --- API pages

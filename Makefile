@@ -12,7 +12,7 @@ COMPAT ?=
 # what of the quality bench: make quality QUALITY="--only 'embedded/KD*'"
 QUALITY ?=
 
-.PHONY: demo test compat torture real-test browser-test kaggle-test kaggle-push kaggle-names lint bench quality seeds clean
+.PHONY: demo test compat torture real-test browser-test kaggle-test kaggle-push kaggle-names lint docs bench quality seeds clean
 
 demo: $(READY)  ## the quickstart notebook, top to bottom, with its figures in build/
 	$(BIN)/python -m kd_kit notebook notebooks/01_quickstart.ipynb --out build/01_quickstart
@@ -43,6 +43,10 @@ kaggle-test: $(READY) $(KAGGLE_READY)  ## kernels pushed and run with Kaggle's v
 lint: $(READY)
 	$(BIN)/ruff check kd_kit tests
 	$(BIN)/ruff format --check kd_kit tests
+
+docs: $(READY)  ## the API pages from the docstrings: open build/api/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
+	$(BIN)/python tests/docs/build.py --out build/api
 
 # two at a time, one thread each: those that count processor time beside those that look at the clock
 BY_PROCESSOR_TIME := heads overhead growth

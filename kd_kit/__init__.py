@@ -8,13 +8,15 @@ from kd_kit.checkpoint import inspect_checkpoint
 from kd_kit.checkup import doctor
 from kd_kit.dashboard import build_dashboard
 from kd_kit.data import build_data
-from kd_kit.evaluation import agreement, evaluate, score
+from kd_kit.evaluation import agreement, evaluate
 from kd_kit.expert_terms import router_term
+from kd_kit.exporting import export
 from kd_kit.fault import last_fault
 from kd_kit.kd_terms import kd_term, span_term
 from kd_kit.launching import launch
 from kd_kit.learning_rate import LearningRate, cosine
-from kd_kit.models import build_student, build_teacher, build_tokenizers, export
+from kd_kit.likelihood import score
+from kd_kit.models import build_student, build_teacher, build_tokenizers
 from kd_kit.plots import loss_figure, loss_table
 from kd_kit.preflight import run_preflight
 from kd_kit.probe_panel import build_probe

@@ -189,15 +189,19 @@ class WindowSet(torch.utils.data.Dataset):
         document, first, scored, _ = self.table[indices].T
         return self._collator.batch(*self._sides(indices), scored - first, document.copy(), indices)
 
+    def chosen(self, limit: int | None = None) -> np.ndarray:
+        """The numbers of all windows, or of ``limit`` of them spread evenly over the set."""
+        if limit is None or limit >= len(self):
+            return np.arange(len(self))
+        return np.unique(np.linspace(0, len(self) - 1, limit).round().astype(int))
+
     def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[DistillBatch]:
         """Batches for evaluation: all windows, or ``limit`` of them spread evenly over the set.
 
         Sorted by length, so that little is padded; of short windows twice or more times as many, where they fit into
         the places of ``batch_size`` full ones.
         """
-        chosen = np.arange(len(self))
-        if limit is not None and limit < len(self):
-            chosen = np.unique(np.linspace(0, len(self) - 1, limit).round().astype(int))
+        chosen = self.chosen(limit)
         size = self.table[chosen, 3] - self.table[chosen, 1]
         chosen = chosen[np.argsort(size, kind="stable")]
         start = 0

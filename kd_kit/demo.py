@@ -14,11 +14,12 @@ from pathlib import Path
 
 from kd_kit import offline
 from kd_kit.data import build_data
-from kd_kit.evaluation import Report, evaluate
+from kd_kit.evaluation import evaluate
 from kd_kit.expert_terms import router_term
 from kd_kit.kd_terms import kd_term, span_term
 from kd_kit.learning_rate import LearningRate
 from kd_kit.models import build_student, build_teacher, build_tokenizers
+from kd_kit.report import Report
 from kd_kit.session import build_session
 from kd_kit.state_terms import attention_term, contrastive_term, feature_term, layerwise_term, relation_term
 from kd_kit.terms import LossTerm, lm_term

@@ -1,29 +1,31 @@
 """How good a model is, measured on text that nothing was trained on.
 
-Bits per byte, because models with different tokenizers can be compared in it and in nothing else; perplexity from the
-language-model likelihood alone; agreement with the teacher where both tokenizers stand at one byte. Every figure is a
-sum over all held-out bytes, nothing is capped, and all of it runs with or without autocast.
+Bits per byte, because models with different tokenizers can be compared in it; perplexity per word, which is the same
+likelihood over the words of the text; agreement with the teacher where both tokenizers stand at one byte; calibration,
+size, and speed on this machine. Every figure but the speed is a sum over all held-out bytes, nothing is capped, and all
+of it runs with or without autocast.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from kd_kit.calibration import Calibration, score_and_calibration
 from kd_kit.data import WindowSet
 from kd_kit.head import Given, LogitRows, head_losses, head_of
-from kd_kit.likelihood import Score, evaluating, score
+from kd_kit.likelihood import Score, evaluating, perplexity
 from kd_kit.losses import forward_kl
 from kd_kit.packed_body import hidden_states
 from kd_kit.readings import Needs
-from kd_kit.table import Table
+from kd_kit.report import Report, Row
+from kd_kit.speed import machine_words, tokens_per_second
 from kd_kit.teacher import LiveTeacher, default_reading
+from kd_kit.words import Words, count_words
 
 
 class ControlUnfinished(RuntimeError):
@@ -109,103 +111,11 @@ def agreement(
     return {name: Agreement(*mean, positions) for name, mean in means.items()}
 
 
-@dataclass(frozen=True)
-class Report:
-    """The result of a run as one table. Rows: the student before, the LM-only control, distilled, the teacher.
-
-    Attributes:
-        rows: {name: {"bits_per_byte", "perplexity", "top1", "top5", "kl", "parameters"}}; None where it has no meaning.
-        bytes: held-out bytes that every likelihood runs over. step: optimizer steps of the distilled student.
-        control_step: of the control, None without one. It may differ where one of the two was stopped early.
-    """
-
-    rows: dict[str, dict[str, float | None]]
-    bytes: int
-    step: int
-    control_step: int | None = None
-
-    @property
-    def gain(self) -> float | None:
-        """Bits per byte that distillation saves against the LM-only control; None without control."""
-        if "LM-only control" not in self.rows:
-            return None
-        return self.rows["LM-only control"]["bits_per_byte"] - self.rows["distilled"]["bits_per_byte"]
-
-    @property
-    def retention(self) -> float | None:
-        """Share of the gap between the student before and the teacher that is closed, in bits per byte.
-
-        None where the student before is not known.
-        """
-        if "before" not in self.rows:
-            return None
-        before, now, best = (self.rows[n]["bits_per_byte"] for n in ("before", "distilled", "teacher"))
-        return (before - now) / (before - best) if before != best else float("nan")
-
-    def sentences(self) -> list[str]:
-        """What the table says, in words."""
-        out = []
-        best = self.rows["teacher"]["bits_per_byte"]
-        before = self.rows["before"]["bits_per_byte"] if "before" in self.rows else None
-        if before is not None and best < before:
-            out.append(
-                f"After {self.step:,} steps the student closed {self.retention:.0%} of the gap to its teacher "
-                f"in bits per byte on {self.bytes:,} held-out bytes."
-            )
-        if self.bytes < 10_000:
-            out.append(f"{self.bytes:,} held-out bytes are few: these figures mean little, hold out more text.")
-        if self.gain is not None:
-            word = "below" if self.gain > 0 else "above"
-            tokens = "on the same tokens"
-            if self.control_step != self.step:
-                tokens = f"for {self.control_step or 0:,} steps: these are not the same tokens, so finish both first"
-            out.append(
-                f"It lies {abs(self.gain):.3f} bits per byte {word} the same student trained without a teacher "
-                f"{tokens}."
-            )
-        if before is not None and best >= before:
-            out.append("The teacher is no better than the student was on this text: it has nothing to teach here.")
-        return out
-
-    _COLUMNS = (
-        ("bits_per_byte", "bits per byte", "{:.4f}"),
-        ("perplexity", "perplexity per own token", "{:.2f}"),
-        ("top1", "same first choice", "{:.1%}"),
-        ("top5", "top-5 overlap", "{:.1%}"),
-        ("kl", "KL from teacher (nats)", "{:.3f}"),
-        ("parameters", "parameters", "{:,.0f}"),
-    )
-
-    @property
-    def table(self) -> Table:
-        """The rows as a table, with what they say in words below."""
-        rows = tuple(
-            (name, *("-" if row[key] is None else spec.format(row[key]) for key, _, spec in self._COLUMNS))
-            for name, row in self.rows.items()
-        )
-        columns = ("", *(title for _, title, _ in self._COLUMNS))
-        return Table("", columns, rows, note="\n".join(self.sentences()), words=("",))
-
-    def __repr__(self) -> str:
-        return str(self.table)
-
-    def _repr_html_(self) -> str:
-        return self.table._repr_html_()
-
-    def to_json(self) -> str:
-        """As JSON; a figure that is not finite is spelled as text, for which JSON has no number."""
-        plain = {**asdict(self), "gain": self.gain, "retention": self.retention}
-
-        def spelled(value):
-            if isinstance(value, dict):
-                return {name: spelled(v) for name, v in value.items()}
-            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-        return json.dumps(spelled(plain), indent=1)
-
-
 def evaluate(trainer, *, control: bool = False, limit: int | None = None) -> Report:
     """Measure the student of a run on all held-out text, beside its teacher, its start and a control.
+
+    One table and one figure: bits per byte, perplexity per word, agreement with the teacher and KL from it, calibration
+    (ECE), size, and the speed on this machine; see :class:`kd_kit.report.Report`.
 
     Writes ``report.json`` into the run folder, or ``report-<limit>-windows.json``. Of several processes the first one
     measures and writes, and all get the report.
@@ -247,29 +157,51 @@ def _measured(trainer, students: dict[str, nn.Module], limit: int | None, contro
     for model in students.values():
         model.to(device)
 
-    def work() -> tuple[dict, Score]:
-        few = {"limit": limit, "batch_size": trainer.micro_batch}
+    def measured(model, side: str) -> tuple[Score, Calibration, float]:
+        few = {"side": side, "batch_size": trainer.micro_batch}
+        return (
+            *score_and_calibration(model, windows, limit=limit, **few),
+            tokens_per_second(model, windows, **few),
+        )
+
+    def work() -> tuple[dict[str, Agreement], dict[str, tuple[Score, Calibration, float]]]:
         with trainer.accelerator.autocast():
-            agree = agreement(students, trainer.teacher, windows, **few)
-            rows = {n: _row(score(model, windows, **few), model, agree[n]) for n, model in students.items()}
-        return rows, score(trainer.teacher.model, windows, side="teacher", **few)
+            agree = agreement(students, trainer.teacher, windows, limit=limit, batch_size=trainer.micro_batch)
+            found = {name: measured(model, "student") for name, model in students.items()}
+        return agree, found | {"teacher": measured(trainer.teacher.model, "teacher")}
 
     with trainer.teacher.awake():
-        rows, best = trainer.within_memory(work, "evaluation")
-    rows["teacher"] = _row(best, trainer.teacher.model, None)
-    step = trainer.best_step if trainer._holds_best else trainer.step
-    report = Report(rows, best.bytes, step, control_step)
+        agree, found = trainer.within_memory(work, "evaluation")
+    words = count_words(windows, limit)
+    models = students | {"teacher": trainer.teacher.model}
+    rows = {
+        name: _row(likelihood, words, sure, speed, models[name], agree.get(name))
+        for name, (likelihood, sure, speed) in found.items()
+    }
+    report = Report(
+        rows,
+        found["teacher"][0].bytes,
+        trainer.best_step if trainer._holds_best else trainer.step,
+        control_step,
+        words=words.words,
+        machine=machine_words(device),
+        reliability={name: sure.points for name, (_, sure, _) in found.items()},
+    )
     name = "report.json" if limit is None else f"report-{limit}-windows.json"
     (trainer.session.folder / name).write_text(report.to_json())
     return report
 
 
-def _row(likelihood: Score, model, agree: Agreement | None) -> dict[str, float | None]:
+def _row(likelihood: Score, words: Words, sure: Calibration, speed: float, model, agree: Agreement | None) -> Row:
     return {
         "bits_per_byte": likelihood.bits_per_byte,
+        "perplexity_per_word": perplexity(likelihood.nats / likelihood.bytes * words.bytes, words.words),
         "perplexity": likelihood.perplexity,
         "top1": agree.top1 if agree else None,
         "top5": agree.top5 if agree else None,
         "kl": agree.kl if agree else None,
+        "ece": sure.ece,
         "parameters": float(sum(p.numel() for p in model.parameters())),
+        "megabytes": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+        "tokens_per_second": speed,
     }

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from kd_kit.data import WindowSet
-from kd_kit.head import LogitRows, alone_with, head_losses, head_of
+from kd_kit.head import RowLoss, Rows, alone_with, head_losses, head_of
 from kd_kit.modes import modes_kept
 from kd_kit.packed_body import hidden_states
-from kd_kit.types import IGNORE
+from kd_kit.types import IGNORE, DistillBatch
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,22 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Per token of the model's own tokenizer: not comparable across tokenizers."""
-        try:
-            return math.exp(self.nats / self.tokens)
-        except OverflowError:  # beyond 709 nats per token; never a cap that looks like a measurement
-            return math.inf
+        return perplexity(self.nats, self.tokens)
 
     def __repr__(self) -> str:
         return f"Score({self.bits_per_byte:.4f} bits per byte over {self.bytes:,} bytes, {self.tokens:,} tokens)"
 
 
-def _nll(rows: LogitRows) -> torch.Tensor:
+def perplexity(nats: float, count: int) -> float:
+    """exp(nats / count), for ``count`` tokens or words; infinity where that is no number, or nothing was counted."""
+    try:
+        return math.exp(nats / count) if count else math.inf
+    except OverflowError:  # beyond 709 nats each; never a cap that looks like a measurement
+        return math.inf
+
+
+def row_nll(rows: Rows) -> torch.Tensor:
+    """[n] float32, nats; a row loss of :func:`kd_kit.head.head_losses`."""
     return rows.nll
 
 
@@ -69,25 +76,48 @@ def score(model, windows: WindowSet, *, side: str = "student", batch_size: int =
     """
     if side not in ("student", "teacher"):
         raise ValueError(f"score: expected side='student' or 'teacher', got {side!r}")
-    device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64)
     size = tokens = 0
+    losses = {"nll": row_nll}
     with evaluating(model):
-        for batch in windows.in_order(batch_size, limit):
+        for batch, values in over_targets(
+            model, windows, losses, side=side, batch_size=batch_size, limit=limit, whole=False
+        ):
             size += int(batch.target_bytes.sum())
-            targets = (batch.targets if side == "student" else batch.teacher_targets).flatten()
-            ids = batch.student_ids if side == "student" else batch.teacher_ids
-            packed = batch.student_packed if side == "student" else batch.teacher_packed
-            rows = (targets != IGNORE).nonzero().squeeze(-1)
-            with alone_with(model):
-                hidden = hidden_states(model, ids.to(device), packed.to(device))
-            values = head_losses(
-                hidden.flatten(0, 1)[rows.to(device)],
-                head_of(model),
-                {"nll": _nll},
-                targets=targets[rows].to(device),
-                whole=False,
-            )["nll"]
-            nats += values.double().sum().cpu()
-            tokens += len(rows)
+            nats += values["nll"].double().sum().cpu()
+            tokens += len(values["nll"])
     return Score(float(nats), size, tokens)
+
+
+def over_targets(
+    model,
+    windows: WindowSet,
+    losses: Mapping[str, RowLoss],
+    *,
+    side: str,
+    batch_size: int,
+    limit: int | None,
+    whole: bool,
+) -> Iterator[tuple[DistillBatch, dict[str, torch.Tensor]]]:
+    """Every batch of a set of windows, with row losses at its scored positions in a model's own tokens, {name: [n]}.
+
+    To be used within :func:`evaluating`, so that no other thread trains the model between two batches.
+
+    Args:
+        side, limit: as of :func:`score`. whole: as of :func:`kd_kit.head.head_losses`.
+    """
+    device = next(model.parameters()).device
+    for batch in windows.in_order(batch_size, limit):
+        targets = (batch.targets if side == "student" else batch.teacher_targets).flatten()
+        ids = batch.student_ids if side == "student" else batch.teacher_ids
+        packed = batch.student_packed if side == "student" else batch.teacher_packed
+        rows = (targets != IGNORE).nonzero().squeeze(-1)
+        hidden = hidden_states(model, ids.to(device), packed.to(device))
+        values = head_losses(
+            hidden.flatten(0, 1)[rows.to(device)],
+            head_of(model),
+            losses,
+            targets=targets[rows].to(device),
+            whole=whole,
+        )
+        yield batch, values

@@ -324,25 +324,11 @@ def check_model(model, vocab: Vocabulary, window: int, who: str) -> None:
         )
 
 
-def export(
-    student, folder: str | os.PathLike, tokenizers: TokenizerPair | None = None, *, card: str | None = None
-) -> Path:
-    """Write the student as a plain transformers folder: weights, configuration and, if given, its tokenizer.
-
-    Of several processes the first one writes; the others do not wait for it.
-
-    Args:
-        card: text of its README.md, see :func:`kd_kit.model_card.model_card`.
-    """
-    folder = Path(folder)
-    if not is_first():
-        return folder
+def write_student(student, folder: Path, tokenizer=None) -> None:
+    """A plain transformers folder: weights, configuration and, if given, the tokenizer."""
     with _no_progress_bars():
         student.save_pretrained(folder)
-    if tokenizers is not None:
-        tokenizers.student.save_pretrained(folder)
-    if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes for the owner only; this is to be given away
-    return folder

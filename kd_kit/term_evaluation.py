@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kd_kit.evaluation import evaluating
 from kd_kit.history import verdict
+from kd_kit.likelihood import evaluating
 from kd_kit.table import Table, short
 
 

@@ -25,12 +25,13 @@ from kd_kit.balance import Balance, fixed
 from kd_kit.callbacks import EarlyStopping, PrintLines
 from kd_kit.cursor import Cursor
 from kd_kit.data import DistillData
-from kd_kit.evaluation import ControlUnfinished, score
+from kd_kit.evaluation import ControlUnfinished
 from kd_kit.floor import LEAST_STEPS, floor_of, measure_floor
 from kd_kit.gradients import place_name
 from kd_kit.history import History
 from kd_kit.keeping import START, Keeping
 from kd_kit.learning_rate import LearningRate
+from kd_kit.likelihood import score
 from kd_kit.mirror import Mirror
 from kd_kit.module import DistillModule, all_needs, settle_parts
 from kd_kit.optimizer import build_optimizer

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd_kit.evaluation import Agreement, Score, agreement, score
+from kd_kit.evaluation import Agreement, agreement
 from kd_kit.floor import teacher_pass, text_loss
+from kd_kit.likelihood import Score, score
 from kd_kit.memory import size_of
 from kd_kit.module import DistillModule
 from kd_kit.optimizer import clip_gradients

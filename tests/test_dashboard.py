@@ -392,7 +392,9 @@ def test_ten_thousand_steps_add_one_small_picture_to_a_notebook(screen):
 
 CELLS = (
     """
-import warnings; warnings.simplefilter("error")
+import warnings
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "'.*' deprecated - use", DeprecationWarning)  # of an old matplotlib, as in setup.cfg
 from types import SimpleNamespace
 from kd_kit.dashboard import build_dashboard
 from kd_kit.history import History

@@ -10,12 +10,16 @@ import torch
 from helpers import make_trainer, naive_nats, pages, pair, teacher, tiny_student
 
 from kd_kit import agreement, build_data, evaluate, lm_term, score
+from kd_kit.calibration import Calibration
 from kd_kit.data import WindowSet
-from kd_kit.evaluation import Report, Score
+from kd_kit.evaluation import _row
+from kd_kit.likelihood import Score
 from kd_kit.losses import student_cells
 from kd_kit.readings import Needs, SortedReading
+from kd_kit.report import Report
 from kd_kit.teacher import LiveTeacher
 from kd_kit.types import IGNORE
+from kd_kit.words import Words
 
 
 def naive_score(model, windows, side: str) -> tuple[float, int, int]:
@@ -173,6 +177,10 @@ def build_tokenizers_twice():
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
+def text_of(held_out: WindowSet, number: int) -> str:
+    return pair().student_vocab.bytes_of(held_out.documents[number].student_ids).decode()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     trainer = make_trainer(tmp_path_factory.mktemp("evaluate") / "run", steps=20, eval_every=20)
@@ -185,6 +193,8 @@ def test_the_report_measures_everyone_on_the_same_text(run):
     assert list(report.rows) == ["before", "LM-only control", "distilled", "teacher"]
     held_out = trainer.data.held_out
     assert report.bytes == held_out.scored_bytes
+    assert report.words == sum(len(text_of(held_out, n).split()) for n in range(len(held_out.documents)))
+    assert "CPU thread" in report.machine
     assert report.step == 20
     for name, model, side in (
         ("before", tiny_student(), "student"),
@@ -196,6 +206,12 @@ def test_the_report_measures_everyone_on_the_same_text(run):
         assert report.rows[name]["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6), name
         assert report.rows[name]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5), name
         assert report.rows[name]["parameters"] == sum(p.numel() for p in model.parameters())
+        assert report.rows[name]["megabytes"] == pytest.approx(4 * report.rows[name]["parameters"] / 1e6), "float32"
+        assert report.rows[name]["tokens_per_second"] > 0
+        per_word = expected.nats / report.words
+        assert report.rows[name]["perplexity_per_word"] == pytest.approx(math.exp(per_word), rel=1e-4), name
+        assert 0 < report.rows[name]["ece"] < 1
+        assert sum(n for *_, n in report.reliability[name]) == expected.tokens
     assert report.rows["teacher"]["kl"] is None
     assert report.rows["distilled"]["kl"] == pytest.approx(
         agreement({"it": trainer.student}, trainer.teacher, held_out)["it"].kl
@@ -217,7 +233,7 @@ def test_the_report_prints_as_text_and_html_and_comes_back_from_json(run):
         assert name in page
     stored = json.loads((trainer.session.folder / "report.json").read_text())
     assert stored == json.loads(report.to_json())
-    assert Report(stored["rows"], stored["bytes"], stored["step"], stored["control_step"]) == report
+    assert Report.from_json(report.to_json()) == report
     assert stored["gain"] == report.gain
     assert stored["retention"] == report.retention
 
@@ -242,6 +258,15 @@ def test_the_report_says_when_there_is_nothing_to_learn_or_the_control_wins():
     assert repr(alone)
 
 
+def test_perplexity_per_word_is_of_the_bytes_that_were_scored():
+    """Where no document-start token is, the first token of a text is read and not scored; its words are all there."""
+    sure = Calibration((1,), (0.5,), (0.5,))
+    found = _row(Score(nats=10.0, bytes=50, tokens=5), Words(words=10, bytes=100), sure, 7.0, tiny_student(), None)
+    assert found["perplexity_per_word"] == pytest.approx(math.exp(10 / 50 * 100 / 10))
+    assert found["perplexity"] == pytest.approx(math.exp(2))
+    assert (found["ece"], found["tokens_per_second"], found["kl"]) == (0, 7.0, None)
+
+
 def test_without_a_teacher_there_is_nothing_to_compare_with(tmp_path):
     trainer = make_trainer(tmp_path / "run", terms=[lm_term()], model=None, steps=1)
     with pytest.raises(ValueError, match=r"^evaluate: expected a trainer with a teacher, got one without"):
@@ -254,7 +279,8 @@ def test_a_new_session_evaluates_the_run_and_not_a_new_student(run):
     again = make_trainer(trainer.session.folder, steps=20, eval_every=20, student=tiny_student(5))
     found = evaluate(again, control=True)
     assert found.step == 20
-    assert found.rows == report.rows
+    for name, row in report.rows.items():
+        assert found.rows[name] | {"tokens_per_second": None} == row | {"tokens_per_second": None}
 
 
 def test_the_report_says_when_the_control_had_other_tokens(tmp_path):

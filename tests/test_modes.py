@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import kd_kit as kd
-from kd_kit.evaluation import evaluating
+from kd_kit.likelihood import evaluating
 from kd_kit.modes import modes_kept
 
 

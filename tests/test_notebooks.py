@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import nbformat
 import pytest
 
+import kd_kit as kd
 from kd_kit.demo import Recipe
 from kd_kit.notebook_run import run_notebook
 
@@ -102,6 +104,16 @@ def test_stored_notebooks_are_small_and_without_widget_state():
         assert path.stat().st_size < 1_000_000, path.name
         assert "widgets" not in notebook.metadata, path.name
         nbformat.validate(notebook)
+
+
+def test_the_drawing_of_how_it_works_names_every_term():
+    script = runpy.run_path(str(NOTEBOOKS / "how_it_works.py"))
+    drawn = [name for names in script["TERMS"] for name in names.split(", ")]
+    assert sorted(drawn) == sorted(name.removesuffix("_term") for name in kd.__all__ if name.endswith("_term"))
+    (ax,) = script["drawing"]().axes
+    written = {text.get_text() for text in ax.texts}
+    assert {"Teacher", "Bridge", "Student", "Terms", "Optimizer", "Cache", "Checkpoint", "␣visit", "␣vis"} <= written
+    assert (NOTEBOOKS / "how_it_works.png").stat().st_size < 300_000
 
 
 # --- 02: loss magnitudes ---------------------------------------------------------------------------------------------
@@ -293,3 +305,90 @@ def test_the_stored_sessions_name_no_folder_of_the_machine_they_ran_on(stored_re
     texts = [o.get("text", "") for c in stored_resumed.cells if c.cell_type == "code" for o in c.outputs]
     assert len("".join(texts)) > 2000
     assert not re.findall(r"(?<![\w.])/\w+/\w+", "".join(texts))
+
+
+# --- 04: your own pair -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_pair(tmp_path_factory):
+    """The folder and the executed notebook on a pair of one's own, with two short chapters as one's own text."""
+    folder = tmp_path_factory.mktemp("own_pair")
+    path = shrunk(
+        "04_your_own_pair.ipynb",
+        folder,
+        {
+            "own_text": str(folder / "text"),
+            'corpus("student")[::5]': 'corpus("student")[:6]',
+            'corpus("held_out")[:3]': 'corpus("held_out")[:1]',
+            "WINDOW = 128": "WINDOW = 64",
+            "STEPS = 200": "STEPS = 20",
+            "EVAL_WINDOWS = 100": "EVAL_WINDOWS = 16",
+            "kd.build_session(RUN)": f"kd.build_session(RUN, folder={str(folder)!r})",
+        },
+    )
+    return folder, nbformat.read(run_notebook(path, folder / "own", timeout=300), as_version=4)
+
+
+@pytest.fixture(scope="module")
+def stored_own_pair():
+    return None, nbformat.read(NOTEBOOKS / "04_your_own_pair.ipynb", as_version=4)
+
+
+def result(notebook, piece: str) -> str:
+    (cell,) = [c for c in notebook.cells if c.cell_type == "code" and piece in c.source]
+    return "\n".join(o["data"]["text/plain"] for o in cell.outputs if o.output_type == "execute_result")
+
+
+@pytest.mark.parametrize("which", ["own_pair", "stored_own_pair"])
+def test_the_audit_chooses_the_method_and_the_cells_of_the_run(which, request):
+    _, notebook = request.getfixturevalue(which)
+    kept = {
+        int(k): float(mass)
+        for k, mass in re.findall(r"in the (\d+) largest cells +([\d.]+)%", result(notebook, "found = "))
+    }
+    method, top_k = re.fullmatch(r"\('(\w+)', (\d+)\)", result(notebook, "method = found.method")).groups()
+    assert method == "bridge"
+    assert int(top_k) == min((k for k, mass in kept.items() if mass > 90), default=128)
+    assert f"{top_k} of 2,048 cells" in result(notebook, "kd.run_preflight(trainer)")
+    assert result(notebook, "kd.audit(alike, data_alike).method") == "'same'"
+
+
+@pytest.mark.parametrize("which", ["own_pair", "stored_own_pair"])
+def test_students_made_of_the_teacher_start_between_it_and_nothing(which, request):
+    _, notebook = request.getfixturevalue(which)
+    bits = [float(b) for b in re.findall(r"([\d.]+) bits per byte\n", printed(notebook, "starts = {"))]
+    teacher, *made, untrained = bits
+    assert len(made) == 3
+    assert teacher < min(made)
+    assert max(made) < untrained
+
+
+@pytest.mark.parametrize("which", ["own_pair", "stored_own_pair"])
+def test_the_checks_of_an_own_pair_hold(which, request):
+    _, notebook = request.getfixturevalue(which)
+    assert re.search(r"all \d+ checks hold", result(notebook, "kd.verify("))
+    assert "0 failed" in result(notebook, "kd.run_preflight(trainer)")
+    assert "none of 4 terms scales" in result(notebook, "probe.scales()")
+    assert len(outputs(notebook, "image/png")) == 3
+
+
+def test_an_own_pair_is_trained_on_the_text_in_the_folder_and_loads_without_the_kit(own_pair):
+    folder, notebook = own_pair
+    assert len(list((folder / "text/train").glob("*.txt"))) == 6
+    assert "6 documents" in result(notebook, "data = read(tokenizers)")
+    assert "LM-only control" in result(notebook, "report = kd.evaluate")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        p.name for p in (folder / "own-pair/export").iterdir()
+    }
+    assert len(printed(notebook, "AutoModelForCausalLM")) > len("Anne had been") + 20
+
+
+def test_the_stored_own_pair_learnt_more_than_its_control(stored_own_pair):
+    _, notebook = stored_own_pair
+    rows = re.findall(
+        r"^(before|LM-only control|distilled|teacher) +([\d.]+)", result(notebook, "report ="), re.MULTILINE
+    )
+    bits = {name: float(value) for name, value in rows}
+    assert bits["teacher"] < bits["distilled"] < bits["LM-only control"] < bits["before"]
+    assert not [o for c in notebook.cells for o in c.get("outputs", []) if o.get("name") == "stderr"]

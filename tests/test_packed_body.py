@@ -12,8 +12,8 @@ from helpers import tiny_student, toy_pair, toy_texts
 from torch import nn
 
 from kd_kit import build_data, lm_term
-from kd_kit.evaluation import score
 from kd_kit.head import body_of
+from kd_kit.likelihood import score
 from kd_kit.module import DistillModule
 from kd_kit.packed_body import hidden_states, run_body, why_not_packed
 from kd_kit.readings import Needs

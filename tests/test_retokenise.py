@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected at least .* rows, one per token, got rows=5"):
         retokenised(tiny_student(), pair().student, pair().teacher, rows=5)
     folder = export(tiny_student(seed=4), tmp_path / "alone")  # without a tokenizer there are no old tokens
-    with pytest.raises(ValueError, match=r"build_student\(name=\)"):
+    with pytest.raises(ValueError, match=r"build_student\(name=\): expected a folder with a tokenizer"):
         build_student(folder, tokenizer=pair().teacher)
     with pytest.raises(ValueError, match=r"build_student\(tokenizer=\)"):
         build_student(export(tiny_student(), tmp_path / "s", pair()), tokenizer=tmp_path / "nothing")

@@ -174,7 +174,7 @@ def test_a_data_set_dict_wants_a_split(tmp_path):
     both = datasets.DatasetDict(
         {name: datasets.Dataset.from_dict({"text": [f"the {name} one", "two"]}) for name in ("train", "test")}
     )
-    both.save_to_disk(tmp_path / "saved")
+    both.save_to_disk(str(tmp_path / "saved"))  # which datasets 3.0 wants as text
     for source in (both, tmp_path / "saved"):
         with pytest.raises(
             ValueError, match=r"^build_data: expected one split, got a DatasetDict with train, test; pass"
